@@ -1,0 +1,1 @@
+//! The kernel side of a node: load, attach, pin, enrol pods, admit tuples.

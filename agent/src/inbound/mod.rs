@@ -1,0 +1,1 @@
+//! From the mesh to a pod of this node.

@@ -1,0 +1,2 @@
+//! The node agent's command line.
+fn main() {}

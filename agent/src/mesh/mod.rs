@@ -1,0 +1,16 @@
+//! The model: what the mesh should be, as one immutable [`Snapshot`].
+//!
+//! Nothing here does I/O. Discovery builds snapshots, everything else reads them through
+//! [`SharedSnapshot`]; a connection reads one snapshot from its start to its end.
+
+mod config;
+mod service;
+mod snapshot;
+mod spiffe;
+mod workload;
+
+pub use config::{MeshConfig, Mode};
+pub use service::{Endpoint, Service, ServicePort};
+pub use snapshot::{CaptureTarget, Destination, SharedSnapshot, Snapshot};
+pub use spiffe::{SpiffeId, SpiffeIdError, TrustDomain};
+pub use workload::{Membership, ObjectName, Sandbox, Workload, WorkloadUid};

@@ -1,0 +1,49 @@
+//! Services and their endpoints.
+
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+
+use super::{ObjectName, WorkloadUid};
+
+/// A Service (core/v1).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Service {
+    /// Namespace and name.
+    pub name: ObjectName,
+    /// ClusterIPs and external IPs.
+    pub vips: Vec<IpAddr>,
+    /// TCP ports; others are not the mesh's.
+    pub ports: Vec<ServicePort>,
+}
+
+impl Service {
+    /// The port with this number.
+    #[must_use]
+    pub fn port(&self, port: u16) -> Option<&ServicePort> {
+        self.ports.iter().find(|candidate| candidate.port == port)
+    }
+}
+
+/// A TCP port of a Service.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ServicePort {
+    /// `name`, empty if the Service has one port only.
+    pub name: Arc<str>,
+    /// `port`: what clients connect to.
+    pub port: u16,
+    /// `appProtocol`.
+    pub app_protocol: Option<Arc<str>>,
+    /// Where connections go, ready ones and others.
+    pub endpoints: Arc<[Endpoint]>,
+}
+
+/// One address behind a Service's port.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Endpoint {
+    /// Address and target port.
+    pub address: SocketAddr,
+    /// Condition `ready` (unset counts as ready, as the API says).
+    pub ready: bool,
+    /// The pod behind it, where one is known.
+    pub workload: Option<WorkloadUid>,
+}

@@ -1,0 +1,149 @@
+//! SPIFFE identities of workloads.
+
+use std::fmt;
+use std::str::FromStr;
+use std::sync::Arc;
+
+use serde::{Serialize, Serializer};
+use thiserror::Error;
+
+/// Why a text is not a workload's SPIFFE id.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+pub enum SpiffeIdError {
+    /// Not of the form `spiffe://<trust domain>/ns/<namespace>/sa/<service account>`.
+    #[error("{0:?} is not spiffe://<trust domain>/ns/<namespace>/sa/<service account>")]
+    Form(String),
+    /// The trust domain has a character outside `[a-z0-9._-]`, is empty or longer than 255 bytes.
+    #[error("{0:?} is not a trust domain: 1 to 255 of a-z, 0-9, '.', '-', '_'")]
+    TrustDomain(String),
+    /// Namespace or service account is not a Kubernetes name (RFC 1123 subdomain).
+    #[error("{0:?} is not a Kubernetes name")]
+    Name(String),
+}
+
+/// A trust domain (SPIFFE-ID standard, section 2.1).
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct TrustDomain(Arc<str>);
+
+impl TrustDomain {
+    /// The domain as it stands in an id.
+    #[must_use]
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl Default for TrustDomain {
+    fn default() -> Self {
+        Self("cluster.local".into())
+    }
+}
+
+impl FromStr for TrustDomain {
+    type Err = SpiffeIdError;
+
+    fn from_str(text: &str) -> Result<Self, SpiffeIdError> {
+        let valid = |c: u8| c.is_ascii_lowercase() || c.is_ascii_digit() || b"._-".contains(&c);
+        if text.is_empty() || text.len() > 255 || !text.bytes().all(valid) {
+            return Err(SpiffeIdError::TrustDomain(text.to_owned()));
+        }
+        Ok(Self(text.into()))
+    }
+}
+
+impl fmt::Display for TrustDomain {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// Identity of a workload: `spiffe://<trust domain>/ns/<namespace>/sa/<service account>`.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct SpiffeId {
+    trust_domain: TrustDomain,
+    namespace: Arc<str>,
+    service_account: Arc<str>,
+}
+
+impl SpiffeId {
+    /// The identity of a service account. Errors if a part is not a Kubernetes name.
+    pub fn new(
+        trust_domain: TrustDomain,
+        namespace: &str,
+        service_account: &str,
+    ) -> Result<Self, SpiffeIdError> {
+        for name in [namespace, service_account] {
+            if !is_kubernetes_name(name) {
+                return Err(SpiffeIdError::Name(name.to_owned()));
+            }
+        }
+        Ok(Self {
+            trust_domain,
+            namespace: namespace.into(),
+            service_account: service_account.into(),
+        })
+    }
+
+    /// The trust domain.
+    #[must_use]
+    pub fn trust_domain(&self) -> &TrustDomain {
+        &self.trust_domain
+    }
+
+    /// The namespace.
+    #[must_use]
+    pub fn namespace(&self) -> &str {
+        &self.namespace
+    }
+
+    /// The service account.
+    #[must_use]
+    pub fn service_account(&self) -> &str {
+        &self.service_account
+    }
+}
+
+fn is_kubernetes_name(name: &str) -> bool {
+    let alphanumeric = |c: u8| c.is_ascii_lowercase() || c.is_ascii_digit();
+    !name.is_empty()
+        && name.len() <= 253
+        && name
+            .bytes()
+            .all(|c| alphanumeric(c) || c == b'-' || c == b'.')
+        && name.bytes().next().is_some_and(alphanumeric)
+        && name.bytes().next_back().is_some_and(alphanumeric)
+}
+
+impl FromStr for SpiffeId {
+    type Err = SpiffeIdError;
+
+    fn from_str(text: &str) -> Result<Self, SpiffeIdError> {
+        let form = || SpiffeIdError::Form(text.to_owned());
+        let rest = text.strip_prefix("spiffe://").ok_or_else(form)?;
+        let parts: Vec<&str> = rest.split('/').collect();
+        let [trust_domain, "ns", namespace, "sa", service_account] = parts[..] else {
+            return Err(form());
+        };
+        Self::new(trust_domain.parse()?, namespace, service_account)
+    }
+}
+
+impl fmt::Display for SpiffeId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self {
+            trust_domain,
+            namespace,
+            service_account,
+        } = self;
+        write!(
+            f,
+            "spiffe://{trust_domain}/ns/{namespace}/sa/{service_account}"
+        )
+    }
+}
+
+impl Serialize for SpiffeId {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}

@@ -1,0 +1,1 @@
+//! From a pod of this node to the mesh.

@@ -1,0 +1,1 @@
+//! Moving bytes between two ends of a connection.

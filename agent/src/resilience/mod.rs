@@ -1,0 +1,1 @@
+//! Retry, budget, breaker, ejection, limits, balancing. Pure: time is passed in.

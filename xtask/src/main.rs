@@ -1,0 +1,2 @@
+//! Everything a developer of Undermesh runs.
+fn main() {}
