@@ -115,8 +115,12 @@ fn up(name: &str, dir: Option<&Path>, without_agents: bool) -> Result<LabState> 
 
 fn down(name: &str) -> Result<()> {
     machine::require_root()?;
-    for stale in remove_stale()? {
-        println!("removed {stale}, which was left behind");
+    let stale = remove_stale()?;
+    for id in &stale {
+        println!("removed {id}, which was left behind");
+    }
+    if !stale.is_empty() && !LabState::dir_of(name).exists() {
+        return Ok(());
     }
     // Whatever `up` left, even half of it.
     Lab::remove(name)?;
