@@ -35,13 +35,20 @@ enum Command {
     Test(test::Options),
 }
 
-fn main() -> Result<ExitCode> {
-    let arguments = Arguments::parse();
+fn main() -> ExitCode {
+    let outcome = run(&Arguments::parse().command);
+    outcome.unwrap_or_else(|error| {
+        eprintln!("error: {error:#}");
+        ExitCode::FAILURE
+    })
+}
+
+fn run(command: &Command) -> Result<ExitCode> {
     ctrlc::set_handler(interrupt::interrupt)?;
-    match arguments.command {
-        Command::Build(options) => build::run(&options).map(|()| ExitCode::SUCCESS),
-        Command::Demo(options) => demo::run(&options),
-        Command::Lab(options) => lab::run(&options),
-        Command::Test(options) => test::run(&options),
+    match command {
+        Command::Build(options) => build::run(options).map(|()| ExitCode::SUCCESS),
+        Command::Demo(options) => demo::run(options),
+        Command::Lab(options) => lab::run(options),
+        Command::Test(options) => test::run(options),
     }
 }
