@@ -26,13 +26,18 @@ pub(super) struct Labels {
 /// Between whom.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(super) enum Ends {
-    Named {
-        source: PartyLabels,
-        destination: PartyLabels,
-        service: Option<ObjectName>,
-    },
+    /// Shared, so that the scrape can take a copy of the table.
+    Named(Arc<NamedEnds>),
     /// What stands for everybody when the table of series is full.
     Overflow,
+}
+
+/// The two ends and what the one wanted of the other.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub(super) struct NamedEnds {
+    pub source: PartyLabels,
+    pub destination: PartyLabels,
+    pub service: Option<ObjectName>,
 }
 
 /// The part of the labels that speaks of one end.
@@ -49,11 +54,11 @@ impl Labels {
         Self {
             direction: info.direction,
             security: info.security,
-            ends: Ends::Named {
+            ends: Ends::Named(Arc::new(NamedEnds {
                 source: PartyLabels::of(&info.source),
                 destination: PartyLabels::of(&info.destination),
                 service: info.service.clone(),
-            },
+            })),
         }
     }
 
@@ -113,15 +118,12 @@ impl EncodeLabelSet for Labels {
         label(encoder, "reporter", self.direction.reporter())?;
         label(encoder, "direction", self.direction.as_str())?;
         match &self.ends {
-            Ends::Named {
-                source,
-                destination,
-                service,
-            } => {
-                source.encode(&SOURCE, encoder)?;
-                destination.encode(&DESTINATION, encoder)?;
-                let name = service.as_ref().map(|service| &*service.name);
-                let namespace = service.as_ref().map(|service| &*service.namespace);
+            Ends::Named(ends) => {
+                ends.source.encode(&SOURCE, encoder)?;
+                ends.destination.encode(&DESTINATION, encoder)?;
+                let service = ends.service.as_ref();
+                let name = service.map(|service| &*service.name);
+                let namespace = service.map(|service| &*service.namespace);
                 label(encoder, "destination_service_name", text(name))?;
                 label(encoder, "destination_service_namespace", text(namespace))?;
             }

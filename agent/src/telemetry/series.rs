@@ -288,14 +288,11 @@ impl<'a> Known<'a> {
     fn all_of(&self, labels: &Labels) -> bool {
         match &labels.ends {
             Ends::Overflow => true,
-            Ends::Named {
-                source,
-                destination,
-                service,
-            } => {
-                self.party(source)
-                    && self.party(destination)
-                    && service
+            Ends::Named(ends) => {
+                self.party(&ends.source)
+                    && self.party(&ends.destination)
+                    && ends
+                        .service
                         .as_ref()
                         .is_none_or(|service| self.snapshot.service(service).is_some())
             }
