@@ -1,0 +1,263 @@
+//! The one place that all telemetry comes together in.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, SystemTime};
+
+use parking_lot::Mutex;
+use prometheus_client::collector::Collector;
+use prometheus_client::encoding::{DescriptorEncoder, NoLabelSet, text};
+use prometheus_client::metrics::MetricType;
+use prometheus_client::metrics::info::Info;
+use prometheus_client::registry::Registry;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+use super::connection::Entry;
+use super::process::Process;
+use super::samples::{Labelled, SampledFamily, Samples};
+use super::series::SeriesTable;
+use super::{Connection, ConnectionInfo, ConnectionView};
+use crate::mesh::{SharedSnapshot, Snapshot};
+
+/// Parts of the connection table: enough that two workers seldom meet at one lock.
+const SHARDS: usize = 32;
+
+/// How often [`housekeep`] looks for series to remove.
+const HOUSEKEEPING_INTERVAL: Duration = Duration::from_secs(30);
+
+/// Bounds of the telemetry.
+#[derive(Debug, Clone)]
+pub struct TelemetryOptions {
+    /// Series of connection metrics, at most. A connection beyond counts in an overflow series, and
+    /// in `undermesh_telemetry_series_overflow_total`. A series is about 20 lines of the
+    /// exposition. Default 2,048.
+    pub max_series: usize,
+    /// How long the series of a workload that is gone stay. Default 5 minutes: a few scrapes.
+    pub series_grace: Duration,
+}
+
+impl Default for TelemetryOptions {
+    fn default() -> Self {
+        Self {
+            max_series: 2_048,
+            series_grace: Duration::from_secs(5 * 60),
+        }
+    }
+}
+
+/// Connection table and metrics of the agent.
+pub struct Telemetry {
+    next_id: AtomicU64,
+    table: [Mutex<HashMap<u64, Arc<Entry>>>; SHARDS],
+    series: Arc<SeriesTable>,
+    series_grace: Duration,
+    registry: Mutex<Registry>,
+}
+
+impl Telemetry {
+    /// With default bounds.
+    #[must_use]
+    pub fn new() -> Arc<Self> {
+        Self::with_options(&TelemetryOptions::default())
+    }
+
+    /// With these bounds.
+    #[must_use]
+    pub fn with_options(options: &TelemetryOptions) -> Arc<Self> {
+        let series = Arc::new(SeriesTable::new(options.max_series));
+        let mut registry = Registry::default();
+        registry.register(
+            "undermesh_build",
+            "The build of this agent",
+            Info::new(vec![
+                ("version", env!("CARGO_PKG_VERSION")),
+                ("arch", std::env::consts::ARCH),
+            ]),
+        );
+        registry.register_collector(Box::new(Process {
+            started: SystemTime::now(),
+        }));
+        registry.register_collector(Box::new(ConnectionMetrics(series.clone())));
+        let telemetry = Arc::new(Self {
+            next_id: AtomicU64::new(1),
+            table: std::array::from_fn(|_| Mutex::default()),
+            series,
+            series_grace: options.series_grace,
+            registry: Mutex::new(registry),
+        });
+        let weak = Arc::downgrade(&telemetry);
+        telemetry.register_gauge(
+            "undermesh_tcp_connections_live",
+            "TCP connections in the connection table",
+            move || {
+                let live = weak.upgrade().map_or(0, |telemetry| telemetry.live());
+                vec![Labelled {
+                    labels: Vec::new(),
+                    value: live as f64,
+                }]
+            },
+        );
+        telemetry
+    }
+
+    /// Announces a connection: it is in the table from now on, and counts in the metrics as
+    /// [`Connection::established`] says.
+    pub fn open(self: &Arc<Self>, info: ConnectionInfo) -> Connection {
+        let id = self.next_id.fetch_add(1, Ordering::Relaxed);
+        let entry = Arc::new(Entry::new(id, info));
+        self.shard(id).lock().insert(id, entry.clone());
+        Connection::new(self.clone(), entry)
+    }
+
+    /// The live connections, oldest first.
+    #[must_use]
+    pub fn connections(&self) -> Vec<ConnectionView> {
+        self.connections_limited(usize::MAX)
+    }
+
+    /// At most `limit` of the live connections, the oldest of them first.
+    #[must_use]
+    pub fn connections_limited(&self, limit: usize) -> Vec<ConnectionView> {
+        let now = Instant::now();
+        let mut entries = self.entries();
+        entries.sort_unstable_by_key(|entry| entry.id);
+        entries
+            .iter()
+            .take(limit)
+            .map(|entry| entry.view(now))
+            .collect()
+    }
+
+    /// Number of live connections.
+    #[must_use]
+    pub fn live(&self) -> usize {
+        self.table.iter().map(|shard| shard.lock().len()).sum()
+    }
+
+    /// All metrics in the OpenMetrics text format. Bytes of live connections are exact at this
+    /// moment. An error comes only from a family that cannot be written.
+    pub fn scrape(&self) -> Result<String, fmt::Error> {
+        let now = Instant::now();
+        for entry in self.entries() {
+            entry.fold(&self.series, now);
+        }
+        let mut exposition = String::new();
+        text::encode(&mut exposition, &self.registry.lock())?;
+        Ok(exposition)
+    }
+
+    /// Adds counters of another part; `name` without `_total`. `read` is called at each scrape and
+    /// must not scrape itself.
+    pub fn register_counter(
+        &self,
+        name: &'static str,
+        help: &'static str,
+        read: impl Fn() -> Vec<Labelled<u64>> + Send + Sync + 'static,
+    ) {
+        self.register(SampledFamily {
+            name,
+            help,
+            read: Samples::Counter(Box::new(read)),
+        });
+    }
+
+    /// Adds gauges of another part. `read` is called at each scrape and must not scrape itself.
+    pub fn register_gauge(
+        &self,
+        name: &'static str,
+        help: &'static str,
+        read: impl Fn() -> Vec<Labelled<f64>> + Send + Sync + 'static,
+    ) {
+        self.register(SampledFamily {
+            name,
+            help,
+            read: Samples::Gauge(Box::new(read)),
+        });
+    }
+
+    /// Removes the series of workloads, identities and services that are not in the snapshot, once
+    /// they were unused for the grace period. [`housekeep`] calls it regularly.
+    pub fn retain(&self, snapshot: &Snapshot, now: Instant) {
+        self.series.retain(snapshot, self.series_grace, now);
+    }
+
+    pub(super) fn series(&self) -> &SeriesTable {
+        &self.series
+    }
+
+    pub(super) fn forget_connection(&self, id: u64) {
+        self.shard(id).lock().remove(&id);
+    }
+
+    fn register(&self, family: SampledFamily) {
+        self.registry.lock().register_collector(Box::new(family));
+    }
+
+    fn shard(&self, id: u64) -> &Mutex<HashMap<u64, Arc<Entry>>> {
+        &self.table[id as usize % SHARDS]
+    }
+
+    fn entries(&self) -> Vec<Arc<Entry>> {
+        let mut entries = Vec::new();
+        for shard in &self.table {
+            entries.extend(shard.lock().values().cloned());
+        }
+        entries
+    }
+}
+
+impl fmt::Debug for Telemetry {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Telemetry")
+            .field("live", &self.live())
+            .field("series", &self.series.len())
+            .finish_non_exhaustive()
+    }
+}
+
+/// Removes series of what is gone, until stopped.
+pub async fn housekeep(
+    telemetry: Arc<Telemetry>,
+    snapshot: SharedSnapshot,
+    stop: CancellationToken,
+) {
+    let mut tick = tokio::time::interval(HOUSEKEEPING_INTERVAL);
+    tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    while stop.run_until_cancelled(tick.tick()).await.is_some() {
+        telemetry.retain(&snapshot.load(), Instant::now());
+    }
+}
+
+/// The series of connections as a part of the registry.
+struct ConnectionMetrics(Arc<SeriesTable>);
+
+impl Collector for ConnectionMetrics {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
+        self.0.encode(&mut encoder)?;
+        encoder
+            .encode_descriptor(
+                "undermesh_telemetry_series",
+                "Series of connection metrics that are kept",
+                None,
+                MetricType::Gauge,
+            )?
+            .encode_gauge(&(self.0.len() as f64))?;
+        encoder
+            .encode_descriptor(
+                "undermesh_telemetry_series_overflow",
+                "TCP connections that were counted in an overflow series",
+                None,
+                MetricType::Counter,
+            )?
+            .encode_counter::<NoLabelSet, _, u64>(&self.0.overflowed(), None)
+    }
+}
+
+impl fmt::Debug for ConnectionMetrics {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("ConnectionMetrics")
+    }
+}
