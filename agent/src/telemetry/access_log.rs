@@ -85,3 +85,137 @@ impl Write for Bounded {
         Err(fmt::Error)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io;
+    use std::sync::Arc;
+
+    use parking_lot::Mutex;
+    use tracing_subscriber::fmt::MakeWriter;
+
+    use super::super::testing::info;
+    use super::super::{Connection, End, Telemetry};
+    use super::*;
+
+    #[derive(Clone, Default)]
+    struct Written(Arc<Mutex<Vec<u8>>>);
+
+    impl io::Write for Written {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            self.0.lock().extend_from_slice(bytes);
+            Ok(bytes.len())
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    impl<'a> MakeWriter<'a> for Written {
+        type Writer = Self;
+
+        fn make_writer(&'a self) -> Self {
+            self.clone()
+        }
+    }
+
+    impl Written {
+        fn text(&self) -> String {
+            String::from_utf8(self.0.lock().clone()).unwrap()
+        }
+    }
+
+    fn logged_as_text(end: impl FnOnce(Connection)) -> String {
+        let written = Written::default();
+        let subscriber = tracing_subscriber::fmt()
+            .with_ansi(false)
+            .with_writer(written.clone())
+            .finish();
+        tracing::subscriber::with_default(subscriber, || end(Telemetry::new().open(info())));
+        written.text()
+    }
+
+    fn logged_as_json(end: impl FnOnce(Connection)) -> serde_json::Value {
+        let written = Written::default();
+        let subscriber = tracing_subscriber::fmt()
+            .json()
+            .with_writer(written.clone())
+            .finish();
+        tracing::subscriber::with_default(subscriber, || end(Telemetry::new().open(info())));
+        let text = written.text();
+        assert_eq!(text.lines().count(), 1, "{text}");
+        serde_json::from_str(&text).unwrap()
+    }
+
+    #[test]
+    fn a_closed_connection_is_one_line_with_both_identities_bytes_and_its_end() {
+        let line = logged_as_json(|connection| {
+            connection.bytes().add_sent(12);
+            connection.bytes().add_received(3);
+            connection.close(End::Complete);
+        });
+        assert_eq!(line["target"], TARGET);
+        let fields = &line["fields"];
+        let expected = [
+            ("source_principal", "spiffe://cluster.local/ns/shop/sa/web"),
+            (
+                "destination_principal",
+                "spiffe://cluster.local/ns/shop/sa/cart",
+            ),
+            ("source_address", "10.0.1.2:40000"),
+            ("destination_address", "10.0.2.3:8080"),
+            ("original_destination", "10.96.0.10:80"),
+            ("destination_service_name", "cart"),
+            ("direction", "outbound"),
+            ("connection_security_policy", "mutual_tls"),
+            ("close_reason", "complete"),
+        ];
+        for (field, value) in expected {
+            assert_eq!(fields[field], value, "{field}");
+        }
+        assert_eq!(fields["sent_bytes"], 12);
+        assert_eq!(fields["received_bytes"], 3);
+        assert!(fields["duration_seconds"].is_f64());
+        assert!(fields.get("reason").is_none());
+    }
+
+    #[test]
+    fn a_failure_bears_its_reason_and_its_explanation() {
+        let line = logged_as_json(|connection| {
+            connection.fail(
+                FailureReason::Denied,
+                &"no rule of policy shop/cart allows it",
+            );
+        });
+        assert_eq!(line["fields"]["close_reason"], "failed");
+        assert_eq!(line["fields"]["reason"], "denied");
+        assert_eq!(
+            line["fields"]["detail"],
+            "no rule of policy shop/cart allows it"
+        );
+    }
+
+    #[test]
+    fn text_of_a_peer_cannot_forge_a_line_or_a_terminal_sequence() {
+        let forged = "no\nINFO access: forged \u{1b}[2J\" close_reason=\"complete";
+        let text = logged_as_text(|connection| connection.fail(FailureReason::Tls, &forged));
+        assert_eq!(text.lines().count(), 1, "{text}");
+        assert!(!text.contains('\u{1b}'), "{text}");
+        assert!(text.contains("close_reason=\\\"complete"), "{text}");
+    }
+
+    #[test]
+    fn a_long_explanation_is_cut_between_characters() {
+        let text = truncated(&"ä".repeat(DETAIL_LIMIT));
+        assert_eq!(text.chars().filter(|c| *c == 'ä').count(), DETAIL_LIMIT / 2);
+        assert!(text.ends_with('…'));
+        assert_eq!(truncated(&"short"), "short");
+    }
+
+    #[test]
+    fn an_aborted_connection_is_logged_too() {
+        let line = logged_as_json(drop);
+        assert_eq!(line["fields"]["close_reason"], "aborted");
+    }
+}

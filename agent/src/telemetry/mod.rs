@@ -18,6 +18,8 @@ mod labels;
 mod process;
 mod samples;
 mod series;
+#[cfg(test)]
+pub(crate) mod testing;
 mod view;
 
 pub use access_log::TARGET as ACCESS_LOG_TARGET;
