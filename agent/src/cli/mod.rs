@@ -208,3 +208,151 @@ fn name(text: &str) -> Result<String, String> {
         Err("not a name: a-z, 0-9, '-', '.' and one '/'".to_owned())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use clap::Parser;
+    use tokio_util::sync::CancellationToken;
+
+    use super::*;
+    use crate::admin::{Admin, AdminOptions, AdminState, Condition};
+    use crate::telemetry::Telemetry;
+    use crate::telemetry::testing::{info, info_from};
+
+    #[derive(Debug, Parser)]
+    struct Line {
+        #[command(subcommand)]
+        command: Command,
+    }
+
+    async fn serve(state: AdminState) -> (SocketAddr, CancellationToken) {
+        let any = SocketAddr::from(([127, 0, 0, 1], 0));
+        let options = AdminOptions {
+            admin: any,
+            metrics: any,
+            readiness: any,
+            ..AdminOptions::default()
+        };
+        let admin = Admin::bind(&options, Arc::new(state)).await.unwrap();
+        let address = admin.addresses().admin;
+        let stop = CancellationToken::new();
+        tokio::spawn(admin.run(stop.clone()));
+        (address, stop)
+    }
+
+    /// Runs a line of the command line: the result, what was printed, and the remarks.
+    async fn run_line(admin: SocketAddr, line: &[&str]) -> (Result<(), CliError>, String, String) {
+        let admin = admin.to_string();
+        let words = ["undermesh"].iter().chain(line).copied();
+        let parsed = Line::try_parse_from(words.chain(["--admin", &admin])).unwrap();
+        let (mut out, mut remarks) = (Vec::new(), Vec::new());
+        let result = run_to(parsed.command, &mut out, &mut remarks).await;
+        (
+            result,
+            String::from_utf8(out).unwrap(),
+            String::from_utf8(remarks).unwrap(),
+        )
+    }
+
+    fn state() -> AdminState {
+        AdminState::new("node-a", Telemetry::new())
+    }
+
+    #[tokio::test]
+    async fn connections_are_printed_as_the_table_and_as_json() {
+        let telemetry = Telemetry::new();
+        let _web = telemetry.open(info());
+        let _api = telemetry.open(info_from("api"));
+        let (admin, _stop) = serve(AdminState::new("node-a", telemetry)).await;
+        let (result, table, remarks) = run_line(admin, &["connections"]).await;
+        result.unwrap();
+        assert!(table.starts_with("ID"), "{table}");
+        assert_eq!(table.lines().count(), 3);
+        assert_eq!(remarks, "");
+        let (result, listed, _) = run_line(admin, &["connections", "--json"]).await;
+        result.unwrap();
+        let listed: Vec<Value> = serde_json::from_str(&listed).unwrap();
+        assert_eq!(listed[1]["source_workload"], "api");
+        let chosen = ["connections", "--pod", "shop/api-0"];
+        assert_eq!(run_line(admin, &chosen).await.1.lines().count(), 2);
+        let (_, table, remarks) = run_line(admin, &["connections", "--limit", "1"]).await;
+        assert_eq!(table.lines().count(), 2);
+        assert_eq!(remarks, "1 of 2 connections are shown\n");
+    }
+
+    #[tokio::test]
+    async fn status_prints_conditions_and_health_and_fails_while_not_ready() {
+        let state = state()
+            .condition("capture", || Condition::Ready("4 pods".into()))
+            .condition("certificates", || Condition::NotReady("CA away".into()));
+        let (admin, _stop) = serve(state).await;
+        let (result, printed, _) = run_line(admin, &["status"]).await;
+        assert!(matches!(result, Err(CliError::NotReady)));
+        assert!(printed.contains("CA away"), "{printed}");
+        assert!(printed.contains("node-a"), "{printed}");
+        let (_, printed, _) = run_line(admin, &["status", "--json"]).await;
+        let printed: Value = serde_json::from_str(&printed).unwrap();
+        assert_eq!(printed["readiness"]["ready"], false);
+        assert_eq!(printed["health"]["node"], "node-a");
+    }
+
+    #[tokio::test]
+    async fn status_of_a_ready_agent_succeeds() {
+        let ready = state().condition("capture", || Condition::Ready("4 pods".into()));
+        let (admin, _stop) = serve(ready).await;
+        run_line(admin, &["status"]).await.0.unwrap();
+    }
+
+    #[tokio::test]
+    async fn pods_and_certificates_are_the_views_of_those_names() {
+        let views = state()
+            .view("pods", &[], || json!([{"name": "shop/web-0"}]))
+            .view(
+                "certificates",
+                &[],
+                || json!([{"id": "spiffe://x/ns/a/sa/b"}]),
+            );
+        let (admin, _stop) = serve(views).await;
+        assert_eq!(run_line(admin, &["pods"]).await.1, "NAME\nshop/web-0\n");
+        let (result, printed, _) = run_line(admin, &["certificates", "--json"]).await;
+        result.unwrap();
+        assert!(printed.contains("spiffe://x/ns/a/sa/b"));
+    }
+
+    #[tokio::test]
+    async fn an_agent_that_does_not_run_is_a_clear_error() {
+        let closed = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let admin = closed.local_addr().unwrap();
+        drop(closed);
+        let (result, printed, _) = run_line(admin, &["status"]).await;
+        let message = result.unwrap_err().to_string();
+        assert!(message.contains(&format!("no agent answers at {admin}")));
+        assert_eq!(printed, "");
+    }
+
+    #[tokio::test]
+    async fn what_the_agent_refuses_is_told_with_its_status() {
+        let (admin, _stop) = serve(state()).await;
+        let message = run_line(admin, &["pods"]).await.0.unwrap_err().to_string();
+        assert!(message.contains("/pods with 404"), "{message}");
+    }
+
+    #[tokio::test]
+    async fn something_else_on_the_port_is_an_error_and_not_an_answer() {
+        let other = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let admin = other.local_addr().unwrap();
+        tokio::spawn(async move { while other.accept().await.is_ok() {} });
+        let (result, _, _) = run_line(admin, &["status"]).await;
+        assert!(matches!(result, Err(CliError::Http { .. })), "{result:?}");
+    }
+
+    #[test]
+    fn names_that_would_need_escaping_are_refused() {
+        for bad in ["a b", "a&limit=1", "", "a#b", "a%2f"] {
+            let line = ["undermesh", "connections", "--pod", bad];
+            assert!(Line::try_parse_from(line).is_err(), "{bad}");
+        }
+    }
+}

@@ -265,7 +265,9 @@ impl fmt::Debug for ConnectionMetrics {
 #[cfg(test)]
 mod tests {
     use super::super::testing::{info, info_from, total, workload};
-    use super::super::{ConnectionInfo, Direction, End, Party, Security};
+    use super::super::{
+        CloseReason, ConnectionInfo, Direction, End, FailureReason, Party, Security,
+    };
     use super::*;
     use crate::mesh::{ObjectName, Service};
 
@@ -304,7 +306,7 @@ mod tests {
             total(
                 &metrics,
                 OPENED,
-                &["source_workload=\"overflow\"", "direction=\"outbound\""]
+                &["source_workload=\"_overflow\"", "direction=\"outbound\""]
             ),
             7
         );
@@ -417,6 +419,34 @@ mod tests {
         assert!(metrics.ends_with("# EOF\n"));
         let principal = "source_principal=\"spiffe://cluster.local/ns/shop/sa/web\"";
         assert_eq!(total(&metrics, OPENED, &[principal]), 1);
+    }
+
+    #[test]
+    fn every_metric_label_and_reason_is_documented() {
+        let documentation = include_str!("../../../docs/metrics.md");
+        let telemetry = Telemetry::new();
+        telemetry.open(info()).close(End::Complete);
+        telemetry
+            .open(info())
+            .fail(FailureReason::Denied, &"by policy");
+        let metrics = telemetry.scrape().unwrap();
+        let families = metrics
+            .lines()
+            .filter_map(|line| line.strip_prefix("# TYPE ")?.split(' ').next());
+        let labels = metrics
+            .lines()
+            .filter_map(|line| line.split_once('{')?.1.split_once('}'))
+            .flat_map(|(labels, _)| labels.split(','))
+            .filter_map(|label| label.split('=').next());
+        let values = FailureReason::ALL.map(FailureReason::as_str);
+        let ends = CloseReason::ALL.map(CloseReason::as_str);
+        for name in families.chain(labels).chain(values).chain(ends) {
+            // `le` belongs to histograms as such.
+            if name == "le" {
+                continue;
+            }
+            assert!(documentation.contains(&format!("`{name}")), "{name}");
+        }
     }
 
     #[tokio::test(start_paused = true)]
