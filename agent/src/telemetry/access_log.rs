@@ -92,10 +92,12 @@ mod tests {
     use std::sync::Arc;
 
     use parking_lot::Mutex;
+    use tracing_subscriber::EnvFilter;
     use tracing_subscriber::fmt::MakeWriter;
 
+    use super::super::logging::subscriber;
     use super::super::testing::info;
-    use super::super::{Connection, End, Telemetry};
+    use super::super::{Connection, End, LogFormat, Telemetry};
     use super::*;
 
     #[derive(Clone, Default)]
@@ -126,24 +128,16 @@ mod tests {
         }
     }
 
-    fn logged_as_text(end: impl FnOnce(Connection)) -> String {
+    fn logged(format: LogFormat, filter: &str, end: impl FnOnce(Connection)) -> String {
         let written = Written::default();
-        let subscriber = tracing_subscriber::fmt()
-            .with_ansi(false)
-            .with_writer(written.clone())
-            .finish();
+        let filter = EnvFilter::try_new(filter).unwrap();
+        let subscriber = subscriber(format, filter, written.clone(), false);
         tracing::subscriber::with_default(subscriber, || end(Telemetry::new().open(info())));
         written.text()
     }
 
     fn logged_as_json(end: impl FnOnce(Connection)) -> serde_json::Value {
-        let written = Written::default();
-        let subscriber = tracing_subscriber::fmt()
-            .json()
-            .with_writer(written.clone())
-            .finish();
-        tracing::subscriber::with_default(subscriber, || end(Telemetry::new().open(info())));
-        let text = written.text();
+        let text = logged(LogFormat::Json, "info", end);
         assert_eq!(text.lines().count(), 1, "{text}");
         serde_json::from_str(&text).unwrap()
     }
@@ -156,7 +150,6 @@ mod tests {
             connection.close(End::Complete);
         });
         assert_eq!(line["target"], TARGET);
-        let fields = &line["fields"];
         let expected = [
             ("source_principal", "spiffe://cluster.local/ns/shop/sa/web"),
             (
@@ -172,12 +165,12 @@ mod tests {
             ("close_reason", "complete"),
         ];
         for (field, value) in expected {
-            assert_eq!(fields[field], value, "{field}");
+            assert_eq!(line[field], value, "{field}");
         }
-        assert_eq!(fields["sent_bytes"], 12);
-        assert_eq!(fields["received_bytes"], 3);
-        assert!(fields["duration_seconds"].is_f64());
-        assert!(fields.get("reason").is_none());
+        assert_eq!(line["sent_bytes"], 12);
+        assert_eq!(line["received_bytes"], 3);
+        assert!(line["duration_seconds"].is_f64());
+        assert!(line.get("reason").is_none());
     }
 
     #[test]
@@ -188,18 +181,17 @@ mod tests {
                 &"no rule of policy shop/cart allows it",
             );
         });
-        assert_eq!(line["fields"]["close_reason"], "failed");
-        assert_eq!(line["fields"]["reason"], "denied");
-        assert_eq!(
-            line["fields"]["detail"],
-            "no rule of policy shop/cart allows it"
-        );
+        assert_eq!(line["close_reason"], "failed");
+        assert_eq!(line["reason"], "denied");
+        assert_eq!(line["detail"], "no rule of policy shop/cart allows it");
     }
 
     #[test]
     fn text_of_a_peer_cannot_forge_a_line_or_a_terminal_sequence() {
         let forged = "no\nINFO access: forged \u{1b}[2J\" close_reason=\"complete";
-        let text = logged_as_text(|connection| connection.fail(FailureReason::Tls, &forged));
+        let text = logged(LogFormat::Text, "info", |connection| {
+            connection.fail(FailureReason::Tls, &forged);
+        });
         assert_eq!(text.lines().count(), 1, "{text}");
         assert!(!text.contains('\u{1b}'), "{text}");
         assert!(text.contains("close_reason=\\\"complete"), "{text}");
@@ -214,8 +206,18 @@ mod tests {
     }
 
     #[test]
+    fn the_access_log_can_be_silenced_alone() {
+        let text = logged(LogFormat::Text, "info,access=off", |connection| {
+            tracing::info!("something else");
+            drop(connection);
+        });
+        assert!(text.contains("something else"), "{text}");
+        assert_eq!(text.lines().count(), 1, "{text}");
+    }
+
+    #[test]
     fn an_aborted_connection_is_logged_too() {
         let line = logged_as_json(drop);
-        assert_eq!(line["fields"]["close_reason"], "aborted");
+        assert_eq!(line["close_reason"], "aborted");
     }
 }
