@@ -85,3 +85,139 @@ impl Write for Bounded {
         Err(fmt::Error)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io;
+    use std::sync::Arc;
+
+    use parking_lot::Mutex;
+    use tracing_subscriber::EnvFilter;
+    use tracing_subscriber::fmt::MakeWriter;
+
+    use super::super::logging::subscriber;
+    use super::super::testing::info;
+    use super::super::{Connection, End, LogFormat, Telemetry};
+    use super::*;
+
+    #[derive(Clone, Default)]
+    struct Written(Arc<Mutex<Vec<u8>>>);
+
+    impl io::Write for Written {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            self.0.lock().extend_from_slice(bytes);
+            Ok(bytes.len())
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    impl<'a> MakeWriter<'a> for Written {
+        type Writer = Self;
+
+        fn make_writer(&'a self) -> Self {
+            self.clone()
+        }
+    }
+
+    impl Written {
+        fn text(&self) -> String {
+            String::from_utf8(self.0.lock().clone()).unwrap()
+        }
+    }
+
+    fn logged(format: LogFormat, filter: &str, end: impl FnOnce(Connection)) -> String {
+        let written = Written::default();
+        let filter = EnvFilter::try_new(filter).unwrap();
+        let subscriber = subscriber(format, filter, written.clone(), false);
+        tracing::subscriber::with_default(subscriber, || end(Telemetry::new().open(info())));
+        written.text()
+    }
+
+    fn logged_as_json(end: impl FnOnce(Connection)) -> serde_json::Value {
+        let text = logged(LogFormat::Json, "info", end);
+        assert_eq!(text.lines().count(), 1, "{text}");
+        serde_json::from_str(&text).unwrap()
+    }
+
+    #[test]
+    fn a_closed_connection_is_one_line_with_both_identities_bytes_and_its_end() {
+        let line = logged_as_json(|connection| {
+            connection.bytes().add_sent(12);
+            connection.bytes().add_received(3);
+            connection.close(End::Complete);
+        });
+        assert_eq!(line["target"], TARGET);
+        let expected = [
+            ("source_principal", "spiffe://cluster.local/ns/shop/sa/web"),
+            (
+                "destination_principal",
+                "spiffe://cluster.local/ns/shop/sa/cart",
+            ),
+            ("source_address", "10.0.1.2:40000"),
+            ("destination_address", "10.0.2.3:8080"),
+            ("original_destination", "10.96.0.10:80"),
+            ("destination_service_name", "cart"),
+            ("direction", "outbound"),
+            ("connection_security_policy", "mutual_tls"),
+            ("close_reason", "complete"),
+        ];
+        for (field, value) in expected {
+            assert_eq!(line[field], value, "{field}");
+        }
+        assert_eq!(line["sent_bytes"], 12);
+        assert_eq!(line["received_bytes"], 3);
+        assert!(line["duration_seconds"].is_f64());
+        assert!(line.get("reason").is_none());
+    }
+
+    #[test]
+    fn a_failure_bears_its_reason_and_its_explanation() {
+        let line = logged_as_json(|connection| {
+            connection.fail(
+                FailureReason::Denied,
+                &"no rule of policy shop/cart allows it",
+            );
+        });
+        assert_eq!(line["close_reason"], "failed");
+        assert_eq!(line["reason"], "denied");
+        assert_eq!(line["detail"], "no rule of policy shop/cart allows it");
+    }
+
+    #[test]
+    fn text_of_a_peer_cannot_forge_a_line_or_a_terminal_sequence() {
+        let forged = "no\nINFO access: forged \u{1b}[2J\" close_reason=\"complete";
+        let text = logged(LogFormat::Text, "info", |connection| {
+            connection.fail(FailureReason::Tls, &forged);
+        });
+        assert_eq!(text.lines().count(), 1, "{text}");
+        assert!(!text.contains('\u{1b}'), "{text}");
+        assert!(text.contains("close_reason=\\\"complete"), "{text}");
+    }
+
+    #[test]
+    fn a_long_explanation_is_cut_between_characters() {
+        let text = truncated(&"ä".repeat(DETAIL_LIMIT));
+        assert_eq!(text.chars().filter(|c| *c == 'ä').count(), DETAIL_LIMIT / 2);
+        assert!(text.ends_with('…'));
+        assert_eq!(truncated(&"short"), "short");
+    }
+
+    #[test]
+    fn the_access_log_can_be_silenced_alone() {
+        let text = logged(LogFormat::Text, "info,access=off", |connection| {
+            tracing::info!("something else");
+            drop(connection);
+        });
+        assert!(text.contains("something else"), "{text}");
+        assert_eq!(text.lines().count(), 1, "{text}");
+    }
+
+    #[test]
+    fn an_aborted_connection_is_logged_too() {
+        let line = logged_as_json(drop);
+        assert_eq!(line["close_reason"], "aborted");
+    }
+}

@@ -241,3 +241,186 @@ impl State {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::testing::{info, total};
+    use super::super::{Security, Side};
+    use super::*;
+
+    const OPENED: &str = "undermesh_tcp_connections_opened_total";
+    const CLOSED: &str = "undermesh_tcp_connections_closed_total";
+    const FAILED: &str = "undermesh_tcp_connections_failed_total";
+    const SENT: &str = "undermesh_tcp_sent_bytes_total";
+    const RECEIVED: &str = "undermesh_tcp_received_bytes_total";
+
+    #[test]
+    fn each_end_is_counted_once_under_its_reason() {
+        let telemetry = Telemetry::new();
+        telemetry.open(info()).close(End::Complete);
+        telemetry
+            .open(info())
+            .close(End::Reset { by: Side::Source });
+        telemetry.open(info()).close(End::Reset {
+            by: Side::Destination,
+        });
+        telemetry
+            .open(info())
+            .fail(FailureReason::NoEndpoint, &"cart has none");
+        let metrics = telemetry.scrape().unwrap();
+        assert_eq!(total(&metrics, OPENED, &[]), 4);
+        for reason in [
+            "complete",
+            "reset_by_source",
+            "reset_by_destination",
+            "failed",
+        ] {
+            let label = format!("close_reason=\"{reason}\"");
+            assert_eq!(total(&metrics, CLOSED, &[&label]), 1, "{reason}");
+        }
+        assert_eq!(total(&metrics, CLOSED, &[]), 4);
+        assert_eq!(total(&metrics, FAILED, &["reason=\"no_endpoint\""]), 1);
+        assert_eq!(total(&metrics, FAILED, &[]), 1);
+    }
+
+    #[test]
+    fn a_dropped_guard_counts_as_aborted_and_leaves_the_table() {
+        let telemetry = Telemetry::new();
+        let connection = telemetry.open(info());
+        assert_eq!(telemetry.live(), 1);
+        drop(connection);
+        assert_eq!(telemetry.live(), 0);
+        let metrics = telemetry.scrape().unwrap();
+        assert_eq!(total(&metrics, OPENED, &[]), 1);
+        assert_eq!(total(&metrics, CLOSED, &["close_reason=\"aborted\""]), 1);
+        assert_eq!(total(&metrics, CLOSED, &[]), 1);
+    }
+
+    #[test]
+    fn a_cancelled_task_leaves_no_connection_behind() {
+        let telemetry = Telemetry::new();
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .build()
+            .unwrap();
+        runtime.block_on(async {
+            let connection = telemetry.open(info());
+            let task = tokio::spawn(async move {
+                let _connection = connection;
+                std::future::pending::<()>().await;
+            });
+            tokio::task::yield_now().await;
+            task.abort();
+            assert!(task.await.unwrap_err().is_cancelled());
+        });
+        assert_eq!(telemetry.live(), 0);
+        assert_eq!(total(&telemetry.scrape().unwrap(), CLOSED, &[]), 1);
+    }
+
+    #[test]
+    fn bytes_of_a_live_connection_are_exact_at_each_scrape_and_counted_once() {
+        let telemetry = Telemetry::new();
+        let connection = telemetry.open(info());
+        connection.established();
+        connection.bytes().add_sent(1_000);
+        connection.bytes().add_received(10);
+        for _ in 0..3 {
+            let metrics = telemetry.scrape().unwrap();
+            assert_eq!(total(&metrics, SENT, &[]), 1_000);
+            assert_eq!(total(&metrics, RECEIVED, &[]), 10);
+            assert_eq!(total(&metrics, CLOSED, &[]), 0);
+        }
+        connection.bytes().add_sent(500);
+        assert_eq!(total(&telemetry.scrape().unwrap(), SENT, &[]), 1_500);
+        connection.bytes().add_sent(7);
+        connection.close(End::Complete);
+        let metrics = telemetry.scrape().unwrap();
+        assert_eq!(total(&metrics, SENT, &[]), 1_507);
+        assert_eq!(total(&metrics, RECEIVED, &[]), 10);
+        assert_eq!(total(&metrics, OPENED, &[]), 1);
+    }
+
+    #[test]
+    fn scrapes_that_race_with_closing_lose_and_double_nothing() {
+        let telemetry = Telemetry::new();
+        let connections = 2_000;
+        std::thread::scope(|scope| {
+            for _ in 0..2 {
+                scope.spawn(|| {
+                    for _ in 0..connections / 2 {
+                        let connection = telemetry.open(info());
+                        connection.bytes().add_sent(3);
+                        connection.established();
+                        connection.bytes().add_received(5);
+                        connection.close(End::Complete);
+                    }
+                });
+            }
+            scope.spawn(|| {
+                let mut last = 0;
+                for _ in 0..50 {
+                    let now = total(&telemetry.scrape().unwrap(), SENT, &[]);
+                    assert!(now >= last, "a counter went back from {last} to {now}");
+                    last = now;
+                }
+            });
+        });
+        let metrics = telemetry.scrape().unwrap();
+        assert_eq!(total(&metrics, OPENED, &[]), connections);
+        assert_eq!(total(&metrics, CLOSED, &[]), connections);
+        assert_eq!(total(&metrics, SENT, &[]), 3 * connections);
+        assert_eq!(total(&metrics, RECEIVED, &[]), 5 * connections);
+    }
+
+    #[test]
+    fn a_connection_counts_under_the_labels_that_it_was_established_with() {
+        let telemetry = Telemetry::new();
+        let mut unknown = info();
+        unknown.security = Security::Unknown;
+        let connection = telemetry.open(unknown);
+        assert_eq!(total(&telemetry.scrape().unwrap(), OPENED, &[]), 0);
+        connection.update(|info| info.security = Security::SameNode);
+        connection.established();
+        connection.update(|info| info.security = Security::Plaintext);
+        let shown = &telemetry.connections()[0];
+        assert_eq!(shown.connection_security_policy, Security::Plaintext);
+        connection.close(End::Complete);
+        let metrics = telemetry.scrape().unwrap();
+        let label = ["connection_security_policy=\"same_node\""];
+        assert_eq!(total(&metrics, OPENED, &label), 1);
+        assert_eq!(total(&metrics, CLOSED, &label), 1);
+        assert_eq!(total(&metrics, OPENED, &[]), 1);
+        assert_eq!(total(&metrics, CLOSED, &[]), 1);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_connection_that_nobody_called_established_shows_in_the_metrics_after_a_while() {
+        let telemetry = Telemetry::new();
+        let connection = telemetry.open(info());
+        assert_eq!(total(&telemetry.scrape().unwrap(), OPENED, &[]), 0);
+        tokio::time::advance(SETTLE_AFTER).await;
+        assert_eq!(total(&telemetry.scrape().unwrap(), OPENED, &[]), 1);
+        connection.close(End::Complete);
+        assert_eq!(total(&telemetry.scrape().unwrap(), OPENED, &[]), 1);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn durations_go_to_the_bucket_that_they_belong_to() {
+        let telemetry = Telemetry::new();
+        let connection = telemetry.open(info());
+        tokio::time::advance(Duration::from_secs(5)).await;
+        assert_eq!(telemetry.connections()[0].age, Duration::from_secs(5));
+        connection.close(End::Complete);
+        let metrics = telemetry.scrape().unwrap();
+        let bucket = "undermesh_tcp_connection_duration_seconds_bucket";
+        assert_eq!(total(&metrics, bucket, &["le=\"1.0\""]), 0);
+        assert_eq!(total(&metrics, bucket, &["le=\"10.0\""]), 1);
+        assert_eq!(
+            total(
+                &metrics,
+                "undermesh_tcp_connection_duration_seconds_sum",
+                &[]
+            ),
+            5
+        );
+    }
+}

@@ -261,3 +261,205 @@ impl fmt::Debug for ConnectionMetrics {
         f.write_str("ConnectionMetrics")
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::testing::{info, info_from, total, workload};
+    use super::super::{
+        CloseReason, ConnectionInfo, Direction, End, FailureReason, Party, Security,
+    };
+    use super::*;
+    use crate::mesh::{ObjectName, Service};
+
+    const OPENED: &str = "undermesh_tcp_connections_opened_total";
+    const SERIES: &str = "undermesh_telemetry_series";
+    const OVERFLOWED: &str = "undermesh_telemetry_series_overflow_total";
+
+    /// The mesh that has these workloads, and the service `cart`.
+    fn mesh_of(names: &[&str]) -> Snapshot {
+        let mut snapshot = Snapshot::default();
+        for (number, name) in names.iter().enumerate() {
+            snapshot.insert_workload(workload(name, &format!("10.0.0.{}", number + 1)));
+        }
+        snapshot.insert_service(Arc::new(Service {
+            name: ObjectName::new("shop", "cart"),
+            vips: Vec::new(),
+            ports: Vec::new(),
+        }));
+        snapshot
+    }
+
+    #[test]
+    fn series_are_bounded_and_what_is_beyond_counts_as_overflow() {
+        let telemetry = Telemetry::with_options(&TelemetryOptions {
+            max_series: 3,
+            ..TelemetryOptions::default()
+        });
+        for number in 0..10 {
+            telemetry
+                .open(info_from(&format!("web{number}")))
+                .close(End::Complete);
+        }
+        let metrics = telemetry.scrape().unwrap();
+        assert_eq!(total(&metrics, OPENED, &[]), 10);
+        assert_eq!(
+            total(
+                &metrics,
+                OPENED,
+                &["source_workload=\"_overflow\"", "direction=\"outbound\""]
+            ),
+            7
+        );
+        assert_eq!(total(&metrics, OVERFLOWED, &[]), 7);
+        assert_eq!(total(&metrics, SERIES, &[]), 4);
+        // Who has a series keeps it.
+        telemetry.open(info_from("web0")).close(End::Complete);
+        let metrics = telemetry.scrape().unwrap();
+        assert_eq!(total(&metrics, OPENED, &["source_workload=\"web0\""]), 2);
+        assert_eq!(total(&metrics, OVERFLOWED, &[]), 7);
+    }
+
+    #[test]
+    fn series_of_a_workload_that_is_gone_are_removed_after_the_grace_period() {
+        let telemetry = Telemetry::new();
+        let grace = TelemetryOptions::default().series_grace;
+        let start = Instant::now();
+        telemetry.open(info_from("web")).close(End::Complete);
+        telemetry.open(info_from("api")).close(End::Complete);
+        let without_web = mesh_of(&["api", "cart"]);
+        telemetry.retain(&without_web, start);
+        telemetry.retain(&without_web, start + grace / 2);
+        assert_eq!(total(&telemetry.scrape().unwrap(), SERIES, &[]), 2);
+        telemetry.retain(&without_web, start + grace);
+        let metrics = telemetry.scrape().unwrap();
+        assert_eq!(total(&metrics, SERIES, &[]), 1);
+        assert_eq!(total(&metrics, OPENED, &["source_workload=\"api\""]), 1);
+    }
+
+    #[test]
+    fn series_with_a_live_connection_and_those_whose_workload_came_back_stay() {
+        let telemetry = Telemetry::new();
+        let grace = TelemetryOptions::default().series_grace;
+        let start = Instant::now();
+        let live = telemetry.open(info_from("web"));
+        live.established();
+        telemetry.open(info_from("api")).close(End::Complete);
+        let empty = mesh_of(&[]);
+        telemetry.retain(&empty, start);
+        telemetry.retain(&mesh_of(&["api", "cart"]), start + grace / 2);
+        telemetry.retain(&empty, start + grace);
+        assert_eq!(total(&telemetry.scrape().unwrap(), SERIES, &[]), 2);
+        telemetry.retain(&empty, start + grace * 2);
+        assert_eq!(total(&telemetry.scrape().unwrap(), SERIES, &[]), 1);
+        live.close(End::Complete);
+        telemetry.retain(&empty, start + grace * 3);
+        telemetry.retain(&empty, start + grace * 4);
+        assert_eq!(total(&telemetry.scrape().unwrap(), SERIES, &[]), 0);
+    }
+
+    #[test]
+    fn a_removed_service_and_an_unknown_identity_make_a_series_stale_and_an_unknown_address_does_not()
+     {
+        let telemetry = Telemetry::new();
+        let grace = TelemetryOptions::default().series_grace;
+        let address = "192.0.2.1:5000".parse().unwrap();
+        let plain = ConnectionInfo {
+            direction: Direction::Inbound,
+            source: Party::unknown(address),
+            security: Security::Plaintext,
+            service: None,
+            ..info()
+        };
+        let elsewhere = "spiffe://cluster.local/ns/far/sa/away".parse().unwrap();
+        let foreign = ConnectionInfo {
+            source: Party::of_identity(&elsewhere, address),
+            ..plain.clone()
+        };
+        telemetry.open(plain).close(End::Complete);
+        telemetry.open(foreign).close(End::Complete);
+        telemetry.open(info()).close(End::Complete);
+        let mut mesh = mesh_of(&["web", "cart"]);
+        mesh.remove_service(&ObjectName::new("shop", "cart"));
+        let start = Instant::now();
+        telemetry.retain(&mesh, start);
+        telemetry.retain(&mesh, start + grace);
+        let metrics = telemetry.scrape().unwrap();
+        assert_eq!(total(&metrics, SERIES, &[]), 1);
+        let labels = ["reporter=\"destination\"", "source_workload=\"unknown\""];
+        assert_eq!(total(&metrics, OPENED, &labels), 1);
+    }
+
+    #[test]
+    fn the_table_shows_the_oldest_connections_first_and_no_more_than_asked_for() {
+        let telemetry = Telemetry::new();
+        let open: Vec<_> = (0..100).map(|_| telemetry.open(info())).collect();
+        let shown = telemetry.connections_limited(10);
+        let ids: Vec<_> = shown.iter().map(|view| view.id).collect();
+        let expected: Vec<_> = open.iter().take(10).map(Connection::id).collect();
+        assert_eq!(ids, expected);
+        assert_eq!(telemetry.connections().len(), 100);
+    }
+
+    #[test]
+    fn the_exposition_has_the_build_the_process_and_what_others_registered() {
+        let telemetry = Telemetry::new();
+        telemetry.register_counter("undermesh_kernel_verdicts", "Verdicts", || {
+            vec![Labelled {
+                labels: vec![("verdict", "pass \"quoted\"\n".to_owned())],
+                value: 7,
+            }]
+        });
+        telemetry.open(info()).close(End::Complete);
+        let metrics = telemetry.scrape().unwrap();
+        let verdict = "undermesh_kernel_verdicts_total{verdict=\"pass \\\"quoted\\\"\\n\"} 7\n";
+        assert!(metrics.contains(verdict), "{metrics}");
+        assert!(metrics.contains("undermesh_build_info{version=\""));
+        assert!(total(&metrics, "process_resident_memory_bytes", &[]) > 0);
+        assert_eq!(total(&metrics, "undermesh_tcp_connections_live", &[]), 0);
+        assert!(metrics.ends_with("# EOF\n"));
+        let principal = "source_principal=\"spiffe://cluster.local/ns/shop/sa/web\"";
+        assert_eq!(total(&metrics, OPENED, &[principal]), 1);
+    }
+
+    #[test]
+    fn every_metric_label_and_reason_is_documented() {
+        let documentation = include_str!("../../../docs/metrics.md");
+        let telemetry = Telemetry::new();
+        telemetry.open(info()).close(End::Complete);
+        telemetry
+            .open(info())
+            .fail(FailureReason::Denied, &"by policy");
+        let metrics = telemetry.scrape().unwrap();
+        let families = metrics
+            .lines()
+            .filter_map(|line| line.strip_prefix("# TYPE ")?.split(' ').next());
+        let labels = metrics
+            .lines()
+            .filter_map(|line| line.split_once('{')?.1.split_once('}'))
+            .flat_map(|(labels, _)| labels.split(','))
+            .filter_map(|label| label.split('=').next());
+        let values = FailureReason::ALL.map(FailureReason::as_str);
+        let ends = CloseReason::ALL.map(CloseReason::as_str);
+        for name in families.chain(labels).chain(values).chain(ends) {
+            // `le` belongs to histograms as such.
+            if name == "le" {
+                continue;
+            }
+            assert!(documentation.contains(&format!("`{name}")), "{name}");
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn housekeeping_removes_stale_series_and_stops_when_told() {
+        let telemetry = Telemetry::new();
+        telemetry.open(info()).close(End::Complete);
+        let snapshot = SharedSnapshot::default();
+        let stop = CancellationToken::new();
+        let task = tokio::spawn(housekeep(telemetry.clone(), snapshot, stop.clone()));
+        let deadline = TelemetryOptions::default().series_grace + HOUSEKEEPING_INTERVAL * 2;
+        tokio::time::sleep(deadline).await;
+        assert_eq!(total(&telemetry.scrape().unwrap(), SERIES, &[]), 0);
+        stop.cancel();
+        task.await.unwrap();
+    }
+}

@@ -11,8 +11,9 @@ use crate::mesh::{ObjectName, SpiffeId};
 /// Value of a label for which nothing is known, as in Istio.
 pub(super) const UNKNOWN: &str = "unknown";
 
-/// Value of the labels of connections that found no room for a series of their own.
-pub(super) const OVERFLOW: &str = "overflow";
+/// Value of the labels of connections that found no room for a series of their own. No object of
+/// Kubernetes can be called so.
+pub(super) const OVERFLOW: &str = "_overflow";
 
 /// The labels of one series. Values are kept as they came, shared with the model, and written out
 /// only when metrics are read.

@@ -15,9 +15,12 @@ mod end;
 mod hub;
 mod info;
 mod labels;
+mod logging;
 mod process;
 mod samples;
 mod series;
+#[cfg(test)]
+pub(crate) mod testing;
 mod view;
 
 pub use access_log::TARGET as ACCESS_LOG_TARGET;
@@ -25,5 +28,6 @@ pub use connection::{ByteCount, Connection};
 pub use end::{CloseReason, End, FailureReason, Side};
 pub use hub::{Telemetry, TelemetryOptions, housekeep};
 pub use info::{ConnectionInfo, Direction, Party, Security};
+pub use logging::{LogFormat, Logging, LoggingError};
 pub use samples::{Labelled, SampleLabels};
 pub use view::{ConnectionView, Phase};

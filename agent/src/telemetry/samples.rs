@@ -3,7 +3,9 @@
 use std::fmt;
 
 use prometheus_client::collector::Collector;
-use prometheus_client::encoding::{DescriptorEncoder, EncodeLabelSet, LabelSetEncoder, NoLabelSet};
+use prometheus_client::encoding::{
+    DescriptorEncoder, EncodeLabelSet, LabelSetEncoder, MetricEncoder, NoLabelSet,
+};
 use prometheus_client::metrics::MetricType;
 
 use super::labels::label;
@@ -48,24 +50,35 @@ impl Collector for SampledFamily {
             Samples::Counter(read) => {
                 let mut family =
                     encoder.encode_descriptor(self.name, self.help, None, MetricType::Counter)?;
-                for sample in read() {
-                    family
-                        .encode_family(&OwnedLabels(sample.labels))?
-                        .encode_counter::<NoLabelSet, _, u64>(&sample.value, None)?;
-                }
+                each(&mut family, read(), |encoder, value| {
+                    encoder.encode_counter::<NoLabelSet, _, u64>(&value, None)
+                })
             }
             Samples::Gauge(read) => {
                 let mut family =
                     encoder.encode_descriptor(self.name, self.help, None, MetricType::Gauge)?;
-                for sample in read() {
-                    family
-                        .encode_family(&OwnedLabels(sample.labels))?
-                        .encode_gauge(&sample.value)?;
-                }
+                each(&mut family, read(), |encoder, value| {
+                    encoder.encode_gauge(&value)
+                })
             }
         }
-        Ok(())
     }
+}
+
+fn each<V>(
+    family: &mut MetricEncoder<'_>,
+    samples: Vec<Labelled<V>>,
+    encode: impl Fn(&mut MetricEncoder<'_>, V) -> fmt::Result,
+) -> fmt::Result {
+    for sample in samples {
+        if sample.labels.is_empty() {
+            encode(family, sample.value)?;
+        } else {
+            let labels = OwnedLabels(sample.labels);
+            encode(&mut family.encode_family(&labels)?, sample.value)?;
+        }
+    }
+    Ok(())
 }
 
 struct OwnedLabels(SampleLabels);
