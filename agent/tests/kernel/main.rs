@@ -1,0 +1,5 @@
+//! The kernel programs against the real kernel. These tests need root, and fail without it.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod capture;
+mod fixture;
