@@ -25,18 +25,17 @@ impl Broken {
 
 /// Runs both directions until both have ended, or until one breaks.
 ///
-/// `downstream_failed` and `upstream_failed` are polled only while that end has nothing more to
-/// say but still something to hear: its own reading has ended, so nobody else would notice that it
-/// went away.
+/// `there_failed` and `back_failed` watch over the source of that direction. They are polled only
+/// while it has nothing more to say but still something to hear: its own reading has ended, so
+/// nobody else would notice that it went away.
 pub(super) async fn join(
     there: impl Future<Output = Result<(), Peer>>,
     back: impl Future<Output = Result<(), Peer>>,
-    downstream_failed: impl Future<Output = ()>,
-    upstream_failed: impl Future<Output = ()>,
+    there_failed: impl Future<Output = Peer>,
+    back_failed: impl Future<Output = Peer>,
 ) -> Ended {
     let (mut there, mut back) = (pin!(there), pin!(back));
-    let (mut downstream_failed, mut upstream_failed) =
-        (pin!(downstream_failed), pin!(upstream_failed));
+    let (mut there_failed, mut back_failed) = (pin!(there_failed), pin!(back_failed));
     let (mut there_ended, mut back_ended) = (false, false);
     while !(there_ended && back_ended) {
         tokio::select! {
@@ -48,12 +47,8 @@ pub(super) async fn join(
                 Ok(()) => back_ended = true,
                 Err(peer) => return Ended::Reset(peer),
             },
-            () = &mut downstream_failed, if there_ended && !back_ended => {
-                return Ended::Reset(Peer::Downstream);
-            }
-            () = &mut upstream_failed, if back_ended && !there_ended => {
-                return Ended::Reset(Peer::Upstream);
-            }
+            peer = &mut there_failed, if there_ended && !back_ended => return Ended::Reset(peer),
+            peer = &mut back_failed, if back_ended && !there_ended => return Ended::Reset(peer),
         }
     }
     Ended::InOrder

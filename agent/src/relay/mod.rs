@@ -12,7 +12,7 @@
 mod buffers;
 mod half;
 mod splice;
-//mod tunnelled;
+mod tunnelled;
 
 use std::io;
 use std::sync::atomic::AtomicU64;
@@ -21,7 +21,9 @@ use tokio::io::Interest;
 use tokio::net::TcpStream;
 use tokio_util::sync::CancellationToken;
 
-//pub use tunnelled::relay_tunnel;
+use crate::telemetry::{ByteCount, End, FailureReason, Side};
+
+pub use tunnelled::relay_tunnel;
 
 /// One end of a relayed connection, as the agent stands between them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -30,6 +32,23 @@ pub enum Peer {
     Downstream,
     /// Who it was opened to.
     Upstream,
+}
+
+impl<'a> From<&'a ByteCount> for Counts<'a> {
+    fn from(bytes: &'a ByteCount) -> Self {
+        Self { to_upstream: &bytes.received, to_downstream: &bytes.sent }
+    }
+}
+
+impl From<Ended> for End {
+    fn from(ended: Ended) -> Self {
+        match ended {
+            Ended::InOrder => Self::Complete,
+            Ended::Reset(Peer::Downstream) => Self::Reset { by: Side::Source },
+            Ended::Reset(Peer::Upstream) => Self::Reset { by: Side::Destination },
+            Ended::Stopped => Self::Failed(FailureReason::Drained),
+        }
+    }
 }
 
 /// How a relayed connection came to its end.
@@ -46,10 +65,10 @@ pub enum Ended {
 /// Where the relay counts the bytes that it has passed on.
 #[derive(Debug, Clone, Copy)]
 pub struct Counts<'a> {
-    /// From downstream to upstream.
-    pub sent: &'a AtomicU64,
-    /// From upstream to downstream.
-    pub received: &'a AtomicU64,
+    /// From downstream.
+    pub to_upstream: &'a AtomicU64,
+    /// From upstream.
+    pub to_downstream: &'a AtomicU64,
 }
 
 /// Relays between two plain TCP sockets, without copying through user space.
@@ -60,13 +79,19 @@ pub async fn relay_tcp(
     stop: &CancellationToken,
 ) -> Ended {
     let ended = {
-        let there = splice::pump(&downstream, &upstream, counts.sent);
-        let back = splice::pump(&upstream, &downstream, counts.received);
+        let there = splice::pump(&downstream, &upstream, counts.to_upstream);
+        let back = splice::pump(&upstream, &downstream, counts.to_downstream);
         let both = half::join(
             async { there.await.map_err(|end| end.between(Peer::Downstream, Peer::Upstream)) },
             async { back.await.map_err(|end| end.between(Peer::Upstream, Peer::Downstream)) },
-            failed(&downstream),
-            failed(&upstream),
+            async {
+                failed(&downstream).await;
+                Peer::Downstream
+            },
+            async {
+                failed(&upstream).await;
+                Peer::Upstream
+            },
         );
         tokio::select! {
             ended = both => ended,

@@ -33,7 +33,7 @@ async fn relayed() -> Relayed {
         let stop = stop.clone();
         async move {
             let (sent, received) = (AtomicU64::new(0), AtomicU64::new(0));
-            let counts = Counts { sent: &sent, received: &received };
+            let counts = Counts { to_upstream: &sent, to_downstream: &received };
             let ended = relay_tcp(downstream, upstream, counts, &stop).await;
             (ended, sent.into_inner(), received.into_inner())
         }

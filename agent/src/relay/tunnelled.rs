@@ -8,7 +8,7 @@ use tokio_util::sync::CancellationToken;
 use super::buffers::{ReadBuffer, write_all};
 use super::half::{self, Broken};
 use super::{Counts, Ended, Peer, close_in_order, failed, splice};
-use crate::tunnel::{TunnelReceive, TunnelSend};
+use crate::tunnel::{ResetReason, TunnelReceive, TunnelSend};
 
 /// Relays between a TCP socket and a tunnel's stream. `plain` says which end the socket is: the
 /// downstream one where the tunnel was opened, the upstream one where it was accepted.
@@ -25,13 +25,17 @@ pub async fn relay_tunnel(
         Peer::Upstream => Peer::Downstream,
     };
     let (out, back) = match plain {
-        Peer::Downstream => (counts.sent, counts.received),
-        Peer::Upstream => (counts.received, counts.sent),
+        Peer::Downstream => (counts.to_upstream, counts.to_downstream),
+        Peer::Upstream => (counts.to_downstream, counts.to_upstream),
     };
     let ended = {
         let into_tunnel = async {
             loop {
-                socket.readable().await.map_err(|_| Broken::Source)?;
+                tokio::select! {
+                    readable = socket.readable() => readable.map_err(|_| Broken::Source)?,
+                    // The far side may break off when it has already said all it had to say.
+                    _ = send.broken() => return Err(Broken::Sink),
+                }
                 let mut buffer = ReadBuffer::take();
                 while let Some(chunk) = buffer.read(&socket).map_err(|_| Broken::Source)? {
                     if chunk.is_empty() {
@@ -53,20 +57,12 @@ pub async fn relay_tunnel(
             }
             splice::end(&socket)
         };
-        // The tunnel reports a reset to whichever half is still open, so it needs no watch.
         let both = half::join(
-            async { into_tunnel.await.map_err(|end: Broken| end.between(plain, far)) },
-            async { out_of_tunnel.await.map_err(|end: Broken| end.between(far, plain)) },
-            failed(&socket),
+            async { into_tunnel.await.map_err(|broken: Broken| broken.between(plain, far)) },
+            async { out_of_tunnel.await.map_err(|broken: Broken| broken.between(far, plain)) },
+            async { failed(&socket).await; plain },
             std::future::pending(),
         );
-        let both = async {
-            match both.await {
-                // `join` calls its first direction's source the downstream end.
-                Ended::Reset(peer) => Ended::Reset(peer),
-                ended => ended,
-            }
-        };
         tokio::select! {
             ended = both => ended,
             () = stop.cancelled() => Ended::Stopped,
@@ -74,7 +70,7 @@ pub async fn relay_tunnel(
     };
     match ended {
         Ended::InOrder => close_in_order(socket),
-        Ended::Reset(_) | Ended::Stopped => send.reset(),
+        Ended::Reset(_) | Ended::Stopped => send.reset(ResetReason::Connection),
     }
     ended
 }

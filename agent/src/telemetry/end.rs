@@ -111,6 +111,8 @@ pub enum FailureReason {
     Denied,
     /// The peer has no mesh identity, and the pod is STRICT.
     PlaintextRefused,
+    /// The endpoint's pod is of this node and not in the mesh yet, and one of both is STRICT.
+    NotEnrolled,
     /// The peer's proxy refused the tunnel for a reason of its own (HTTP 503 and others).
     TunnelRefused,
     /// The tunnel under the connection was lost.
@@ -133,7 +135,7 @@ pub enum FailureReason {
 
 impl FailureReason {
     /// Every reason, in the order of [`FailureReason::index`].
-    pub const ALL: [Self; 20] = [
+    pub const ALL: [Self; 21] = [
         Self::NoRoute,
         Self::NoEndpoint,
         Self::ConnectRefused,
@@ -145,6 +147,7 @@ impl FailureReason {
         Self::NoCertificate,
         Self::Denied,
         Self::PlaintextRefused,
+        Self::NotEnrolled,
         Self::TunnelRefused,
         Self::TunnelLost,
         Self::BadRequest,
@@ -171,6 +174,7 @@ impl FailureReason {
             Self::NoCertificate => "no_certificate",
             Self::Denied => "denied",
             Self::PlaintextRefused => "plaintext_refused",
+            Self::NotEnrolled => "not_enrolled",
             Self::TunnelRefused => "tunnel_refused",
             Self::TunnelLost => "tunnel_lost",
             Self::BadRequest => "bad_request",

@@ -10,6 +10,7 @@
 //! where Istio has a name for the thing, it is Istio's. `docs/metrics.md` lists them all.
 
 mod access_log;
+mod chain;
 mod connection;
 mod end;
 mod hub;
@@ -24,6 +25,7 @@ pub(crate) mod testing;
 mod view;
 
 pub use access_log::TARGET as ACCESS_LOG_TARGET;
+pub use chain::error_chain;
 pub use connection::{ByteCount, Connection};
 pub use end::{CloseReason, End, FailureReason, Side};
 pub use hub::{Telemetry, TelemetryOptions, housekeep};
