@@ -12,6 +12,7 @@
 mod access_log;
 mod connection;
 mod end;
+mod history;
 mod hub;
 mod info;
 mod labels;
@@ -30,4 +31,4 @@ pub use hub::{Telemetry, TelemetryOptions, housekeep};
 pub use info::{ConnectionInfo, Direction, Party, Security};
 pub use logging::{LogFormat, Logging, LoggingError};
 pub use samples::{Labelled, SampleLabels};
-pub use view::{ConnectionView, Phase};
+pub use view::{ConnectionView, EndedView, Phase};
