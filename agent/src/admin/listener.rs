@@ -79,6 +79,8 @@ impl Listener {
                 drop(permit);
             });
         }
+        // Who connects now is refused instead of waiting for nobody.
+        drop(self.socket);
         connections.close();
         connections.wait().await;
     }

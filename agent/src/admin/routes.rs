@@ -10,7 +10,7 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use http::header::{ALLOW, CACHE_CONTROL, CONTENT_TYPE, X_CONTENT_TYPE_OPTIONS};
 use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode};
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use tokio::sync::Semaphore;
 
@@ -47,6 +47,26 @@ const CONNECTION_COLUMNS: &[Column] = &[
     column("SENT", &["sent_bytes"]),
     column("RECEIVED", &["received_bytes"]),
     column("SECONDS", &["duration_seconds"]),
+];
+
+/// Columns of the table of ended connections.
+const ENDED_COLUMNS: &[Column] = &[
+    column("ID", &["id"]),
+    column("DIRECTION", &["direction"]),
+    column("SOURCE", &["source_pod", "source_workload"]),
+    column("SOURCE ADDRESS", &["source_address"]),
+    column("SOURCE PRINCIPAL", &["source_principal"]),
+    column("DESTINATION", &["destination_pod", "destination_workload"]),
+    column("DESTINATION ADDRESS", &["destination_address"]),
+    column("DESTINATION PRINCIPAL", &["destination_principal"]),
+    column("SERVICE", &["destination_service_name"]),
+    column("SECURITY", &["connection_security_policy"]),
+    column("SENT", &["sent_bytes"]),
+    column("RECEIVED", &["received_bytes"]),
+    column("SECONDS", &["duration_seconds"]),
+    column("END", &["close_reason"]),
+    column("REASON", &["reason"]),
+    column("DETAIL", &["detail"]),
 ];
 
 const fn column(header: &'static str, fields: &'static [&'static str]) -> Column {
@@ -107,6 +127,7 @@ pub(super) fn admin(state: Arc<AdminState>, exposure: Exposure) -> Router {
         .route("/healthz", get(health))
         .route("/readyz", get(conditions))
         .route("/connections", get(connections))
+        .route("/connections/ended", get(ended))
         .route("/{view}", get(view))
         .with_state(Reader::new(state))
         .layer(middleware::from_fn(move |request, next| {
@@ -164,6 +185,7 @@ async fn index(State(reader): State<Reader>, headers: HeaderMap) -> Response {
         "/healthz".to_owned(),
         "/readyz".into(),
         "/connections".into(),
+        "/connections/ended".into(),
     ];
     paths.extend(reader.state.view_names().map(|name| format!("/{name}")));
     Format::of(&headers).respond(StatusCode::OK, &json!(paths), &[])
@@ -235,24 +257,47 @@ async fn connections(
     Query(query): Query<ConnectionQuery>,
     headers: HeaderMap,
 ) -> Result<Response, Unread> {
-    let limit = query.limit.unwrap_or(DEFAULT_LIMIT).min(MAX_LIMIT);
     let format = Format::of(&headers);
     reader
         .read(move |state| {
             let mut views = state.telemetry().connections();
             views.retain(|view| query.matches(view));
-            let total = views.len();
-            views.truncate(limit);
-            let rows: Vec<Value> = views
-                .iter()
-                .filter_map(|view| serde_json::to_value(view).ok())
-                .collect();
-            let mut response =
-                format.respond(StatusCode::OK, &Value::Array(rows), CONNECTION_COLUMNS);
-            response.headers_mut().insert(TOTAL, total.into());
-            response
+            list(&views, query.limit, CONNECTION_COLUMNS, format)
         })
         .await
+}
+
+async fn ended(
+    State(reader): State<Reader>,
+    Query(query): Query<ConnectionQuery>,
+    headers: HeaderMap,
+) -> Result<Response, Unread> {
+    let format = Format::of(&headers);
+    reader
+        .read(move |state| {
+            let mut views = state.telemetry().ended();
+            views.retain(|view| query.matches(&view.connection));
+            list(&views, query.limit, ENDED_COLUMNS, format)
+        })
+        .await
+}
+
+/// The first of these, as many as are wanted, and in a header how many there are.
+fn list<T: Serialize>(
+    views: &[T],
+    limit: Option<usize>,
+    columns: &[Column],
+    format: Format,
+) -> Response {
+    let limit = limit.unwrap_or(DEFAULT_LIMIT).min(MAX_LIMIT);
+    let rows: Vec<Value> = views
+        .iter()
+        .take(limit)
+        .filter_map(|view| serde_json::to_value(view).ok())
+        .collect();
+    let mut response = format.respond(StatusCode::OK, &Value::Array(rows), columns);
+    response.headers_mut().insert(TOTAL, views.len().into());
+    response
 }
 
 async fn view(

@@ -295,7 +295,13 @@ mod tests {
         let index = get_json(admin, "/").await;
         assert_eq!(
             index,
-            json!(["/healthz", "/readyz", "/connections", "/pods"])
+            json!([
+                "/healthz",
+                "/readyz",
+                "/connections",
+                "/connections/ended",
+                "/pods"
+            ])
         );
         running.stop().await;
     }
@@ -372,6 +378,12 @@ mod tests {
         web.close(End::Complete);
         api.close(End::Complete);
         assert_eq!(get_json(admin, "/connections").await, json!([]));
+        let ended = get_json(admin, "/connections/ended?pod=shop/api-0").await;
+        assert_eq!(ended.as_array().unwrap().len(), 1);
+        assert_eq!(ended[0]["close_reason"], "complete");
+        assert_eq!(ended[0]["source_workload"], "api");
+        let table = get_text(admin, "/connections/ended").await;
+        assert!(table.contains("END       REASON"), "{table}");
         running.stop().await;
     }
 

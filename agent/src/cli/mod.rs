@@ -44,13 +44,16 @@ pub struct ConnectionsQuery {
     /// Which agent, and how to print.
     #[command(flatten)]
     pub query: Query,
+    /// List those that ended last instead, newest first, with how they ended
+    #[arg(long)]
+    pub ended: bool,
     /// Only connections from or to this namespace
     #[arg(long, value_name = "NAMESPACE", value_parser = name)]
     pub namespace: Option<String>,
     /// Only connections from or to this pod
     #[arg(long, value_name = "NAMESPACE/NAME", value_parser = name)]
     pub pod: Option<String>,
-    /// List no more than this many, the oldest first
+    /// List no more than this many: the oldest live ones, the newest ended ones
     #[arg(long, value_name = "N", default_value_t = 1_000)]
     pub limit: usize,
 }
@@ -149,7 +152,12 @@ async fn connections(
     out: &mut impl Write,
     remarks: &mut impl Write,
 ) -> Result<(), CliError> {
-    let mut path = format!("/connections?limit={}", query.limit);
+    let list = if query.ended {
+        "/connections/ended"
+    } else {
+        "/connections"
+    };
+    let mut path = format!("{list}?limit={}", query.limit);
     for (name, value) in [("namespace", &query.namespace), ("pod", &query.pod)] {
         if let Some(value) = value {
             path = format!("{path}&{name}={value}");
@@ -264,7 +272,7 @@ mod tests {
     async fn connections_are_printed_as_the_table_and_as_json() {
         let telemetry = Telemetry::new();
         let _web = telemetry.open(info());
-        let _api = telemetry.open(info_from("api"));
+        let api = telemetry.open(info_from("api"));
         let (admin, _stop) = serve(AdminState::new("node-a", telemetry)).await;
         let (result, table, remarks) = run_line(admin, &["connections"]).await;
         result.unwrap();
@@ -280,6 +288,10 @@ mod tests {
         let (_, table, remarks) = run_line(admin, &["connections", "--limit", "1"]).await;
         assert_eq!(table.lines().count(), 2);
         assert_eq!(remarks, "1 of 2 connections are shown\n");
+        drop(api);
+        let (result, table, _) = run_line(admin, &["connections", "--ended"]).await;
+        result.unwrap();
+        assert!(table.contains("aborted"), "{table}");
     }
 
     #[tokio::test]

@@ -3,7 +3,7 @@
 use std::fmt::{self, Write};
 
 use super::view::{format_rfc3339, rounded_seconds};
-use super::{CloseReason, ConnectionView, FailureReason};
+use super::{EndedView, FailureReason};
 
 /// Target of the log lines, to filter on: `access=off` silences them.
 pub const TARGET: &str = "access";
@@ -13,17 +13,12 @@ const DETAIL_LIMIT: usize = 512;
 
 /// Writes the line. All text goes in as `&str`, never as `Display`: so tracing's text format quotes
 /// and escapes it, and what a peer put into a name or an error cannot forge a line.
-pub(super) fn write(
-    view: &ConnectionView,
-    reason: CloseReason,
-    failure: Option<FailureReason>,
-    detail: Option<&dyn fmt::Display>,
-) {
+pub(super) fn write(ended: &EndedView) {
     if !tracing::enabled!(target: TARGET, tracing::Level::INFO) {
         return;
     }
+    let view = &ended.connection;
     let (source, destination) = (&view.source, &view.destination);
-    let detail = detail.map(truncated);
     tracing::info!(
         target: TARGET,
         id = view.id,
@@ -50,9 +45,9 @@ pub(super) fn write(
         received_bytes = view.received_bytes,
         opened_at = format_rfc3339(view.opened_at).as_str(),
         duration_seconds = rounded_seconds(view.age),
-        close_reason = reason.as_str(),
-        reason = failure.map(FailureReason::as_str),
-        detail = detail.as_deref(),
+        close_reason = ended.close_reason.as_str(),
+        reason = ended.reason.map(FailureReason::as_str),
+        detail = ended.detail.as_deref(),
         "connection closed"
     );
 }
@@ -61,8 +56,8 @@ fn shown(value: Option<&impl fmt::Display>) -> Option<String> {
     value.map(ToString::to_string)
 }
 
-/// The text, cut at the limit.
-fn truncated(text: &dyn fmt::Display) -> String {
+/// An explanation, cut at the limit.
+pub(super) fn truncated(text: &dyn fmt::Display) -> String {
     let mut kept = Bounded(String::new());
     // An error here says that the limit was reached.
     let whole = write!(kept, "{text}").is_ok();

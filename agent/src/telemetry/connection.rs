@@ -11,7 +11,8 @@ use tokio::time::Instant;
 use super::labels::Labels;
 use super::series::{Series, SeriesTable};
 use super::{
-    CloseReason, ConnectionInfo, ConnectionView, End, FailureReason, Phase, Telemetry, access_log,
+    CloseReason, ConnectionInfo, ConnectionView, End, EndedView, FailureReason, Phase, Telemetry,
+    access_log,
 };
 
 /// After how long a connection that nobody called established counts with the labels that it has,
@@ -109,7 +110,14 @@ impl Connection {
         let view = self
             .entry
             .finish(self.telemetry.series(), reason, failure, lasted);
-        access_log::write(&view, reason, failure, detail);
+        let ended = EndedView {
+            connection: view,
+            close_reason: reason,
+            reason: failure,
+            detail: detail.map(access_log::truncated),
+        };
+        access_log::write(&ended);
+        self.telemetry.remember(ended);
     }
 }
 
@@ -245,7 +253,7 @@ impl State {
 #[cfg(test)]
 mod tests {
     use super::super::testing::{info, total};
-    use super::super::{Security, Side};
+    use super::super::{Security, Side, TelemetryOptions};
     use super::*;
 
     const OPENED: &str = "undermesh_tcp_connections_opened_total";
@@ -281,6 +289,27 @@ mod tests {
         assert_eq!(total(&metrics, CLOSED, &[]), 4);
         assert_eq!(total(&metrics, FAILED, &["reason=\"no_endpoint\""]), 1);
         assert_eq!(total(&metrics, FAILED, &[]), 1);
+    }
+
+    #[test]
+    fn ended_connections_are_remembered_newest_first_up_to_a_bound() {
+        let options = TelemetryOptions {
+            max_ended: 2,
+            ..TelemetryOptions::default()
+        };
+        let telemetry = Telemetry::with_options(&options);
+        telemetry.open(info()).close(End::Complete);
+        drop(telemetry.open(info()));
+        telemetry
+            .open(info())
+            .fail(FailureReason::Denied, &"by policy");
+        let ended = telemetry.ended();
+        let ids: Vec<_> = ended.iter().map(|view| view.connection.id).collect();
+        assert_eq!(ids, [3, 2]);
+        assert_eq!(ended[0].reason, Some(FailureReason::Denied));
+        assert_eq!(ended[0].detail.as_deref(), Some("by policy"));
+        assert_eq!(ended[0].connection.phase, Phase::Closed);
+        assert_eq!(ended[1].close_reason, CloseReason::Aborted);
     }
 
     #[test]

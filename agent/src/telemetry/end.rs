@@ -46,7 +46,7 @@ pub enum CloseReason {
 }
 
 impl CloseReason {
-    /// Every reason, in the order of [`CloseReason::index`].
+    /// Every reason, in the order of their declaration.
     pub const ALL: [Self; 5] = [
         Self::Complete,
         Self::ResetBySource,
@@ -134,7 +134,7 @@ pub enum FailureReason {
 }
 
 impl FailureReason {
-    /// Every reason, in the order of [`FailureReason::index`].
+    /// Every reason, in the order of their declaration.
     pub const ALL: [Self; 21] = [
         Self::NoRoute,
         Self::NoEndpoint,

@@ -16,10 +16,11 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::connection::Entry;
+use super::history::History;
 use super::process::Process;
 use super::samples::{Labelled, SampledFamily, Samples};
 use super::series::SeriesTable;
-use super::{Connection, ConnectionInfo, ConnectionView};
+use super::{Connection, ConnectionInfo, ConnectionView, EndedView};
 use crate::mesh::{SharedSnapshot, Snapshot};
 
 /// Parts of the connection table: enough that two workers seldom meet at one lock.
@@ -37,6 +38,8 @@ pub struct TelemetryOptions {
     pub max_series: usize,
     /// How long the series of a workload that is gone stay. Default 5 minutes: a few scrapes.
     pub series_grace: Duration,
+    /// Ended connections that are remembered, the newest. Default 1,024, about 1 MiB.
+    pub max_ended: usize,
 }
 
 impl Default for TelemetryOptions {
@@ -44,6 +47,7 @@ impl Default for TelemetryOptions {
         Self {
             max_series: 2_048,
             series_grace: Duration::from_secs(5 * 60),
+            max_ended: 1_024,
         }
     }
 }
@@ -54,6 +58,7 @@ pub struct Telemetry {
     table: [Mutex<HashMap<u64, Arc<Entry>>>; SHARDS],
     series: Arc<SeriesTable>,
     series_grace: Duration,
+    history: History,
     registry: Mutex<Registry>,
 }
 
@@ -86,6 +91,7 @@ impl Telemetry {
             table: std::array::from_fn(|_| Mutex::default()),
             series,
             series_grace: options.series_grace,
+            history: History::new(options.max_ended),
             registry: Mutex::new(registry),
         });
         let weak = Arc::downgrade(&telemetry);
@@ -129,6 +135,12 @@ impl Telemetry {
             .take(limit)
             .map(|entry| entry.view(now))
             .collect()
+    }
+
+    /// The connections that ended last, newest first.
+    #[must_use]
+    pub fn ended(&self) -> Vec<Arc<EndedView>> {
+        self.history.all()
     }
 
     /// Number of live connections.
@@ -190,6 +202,10 @@ impl Telemetry {
 
     pub(super) fn forget_connection(&self, id: u64) {
         self.shard(id).lock().remove(&id);
+    }
+
+    pub(super) fn remember(&self, ended: EndedView) {
+        self.history.remember(ended);
     }
 
     fn register(&self, family: SampledFamily) {

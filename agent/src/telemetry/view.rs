@@ -9,7 +9,7 @@ use serde::{Serialize, Serializer};
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
-use super::{ByteCount, ConnectionInfo, Direction, Party, Security};
+use super::{ByteCount, CloseReason, ConnectionInfo, Direction, FailureReason, Party, Security};
 use crate::mesh::{ObjectName, SpiffeId};
 
 /// How far a connection has come.
@@ -57,6 +57,20 @@ pub struct ConnectionView {
     /// How long it is open; of a closed one, how long it was. As seconds with three decimals.
     #[serde(rename = "duration_seconds", serialize_with = "seconds")]
     pub age: Duration,
+}
+
+/// A connection that ended, as `/connections/ended` and the access log show it.
+#[derive(Debug, Clone, Serialize)]
+pub struct EndedView {
+    /// What it was at its end.
+    #[serde(flatten)]
+    pub connection: ConnectionView,
+    /// How it ended.
+    pub close_reason: CloseReason,
+    /// Why, if it failed.
+    pub reason: Option<FailureReason>,
+    /// An explanation of that, at most 512 bytes.
+    pub detail: Option<String>,
 }
 
 /// The client of a connection.
