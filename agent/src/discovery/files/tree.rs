@@ -8,7 +8,7 @@ use serde_saphyr::Spanned;
 
 /// How deep fields may nest: several times what any Kubernetes kind has, and far less than a
 /// thread's stack.
-const DEPTH_MAX: usize = 64;
+const DEPTH_MAX: usize = 24;
 
 /// A YAML node and its place.
 #[derive(Debug, Clone)]
@@ -325,9 +325,20 @@ spec:
     }
 
     #[test]
-    fn depth_is_bounded() {
-        assert!(Tree::parse(&"[".repeat(100_000), 1).is_err());
-        let deep: String = (0..5_000).map(|n| " ".repeat(n) + "a:\n").collect();
-        assert!(Tree::parse(&deep, 1).is_err());
+    fn depth_is_bounded_so_that_a_small_stack_is_enough() {
+        let parse_all = || {
+            for depth in [DEPTH_MAX + 1, 1_000, 100_000] {
+                assert!(Tree::parse(&"[".repeat(depth), 1).is_err());
+                assert!(Tree::parse(&"{a: ".repeat(depth), 1).is_err());
+                assert!(Tree::parse(&"- ".repeat(depth), 1).is_err());
+            }
+            for depth in [DEPTH_MAX + 1, 1_000] {
+                let deep: String = (0..depth).map(|n| " ".repeat(n) + "a:\n").collect();
+                assert!(Tree::parse(&deep, 1).is_err());
+            }
+        };
+        // Half of what a thread of the runtime has.
+        let thread = std::thread::Builder::new().stack_size(1 << 20);
+        thread.spawn(parse_all).unwrap().join().unwrap();
     }
 }

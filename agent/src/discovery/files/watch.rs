@@ -2,14 +2,11 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use nix::errno::Errno;
-use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify, InotifyEvent, WatchDescriptor};
-use tokio::io::Interest;
-use tokio::io::unix::AsyncFd;
+use futures_util::StreamExt;
+use inotify::{Event, EventMask, EventStream, Inotify, WatchDescriptor, WatchMask};
 use tokio::time::Instant;
 
 use super::read::is_manifest;
@@ -18,19 +15,14 @@ use super::read::is_manifest;
 /// holds it open longer gets it read as it is.
 const WRITER_PATIENCE: Duration = Duration::from_secs(2);
 
+/// Bytes of events taken at once. More of them wait in the kernel, and of too many there it tells.
+const EVENT_BYTES: usize = 4096;
+
 /// A watch on a directory.
 pub(super) struct Watch {
     directory: PathBuf,
-    inotify: AsyncFd<Handle>,
+    events: EventStream<[u8; EVENT_BYTES]>,
     descriptor: Option<WatchDescriptor>,
-}
-
-struct Handle(Inotify);
-
-impl AsRawFd for Handle {
-    fn as_raw_fd(&self) -> RawFd {
-        self.0.as_fd().as_raw_fd()
-    }
 }
 
 /// What was noticed since the last look.
@@ -63,12 +55,12 @@ impl Noticed {
             .map(|last| *last + WRITER_PATIENCE)
     }
 
-    fn absorb(&mut self, event: &InotifyEvent, now: Instant) {
+    fn absorb(&mut self, event: &Event<std::ffi::OsString>, now: Instant) {
         let name = event.name.as_ref().and_then(|name| name.to_str());
         let Some(name) = name.filter(|name| is_manifest(name)) else {
             return;
         };
-        if event.mask.contains(AddWatchFlags::IN_MODIFY) {
+        if event.mask.contains(EventMask::MODIFY) {
             self.writing.insert(name.to_owned(), now);
         } else {
             self.writing.remove(name);
@@ -79,10 +71,9 @@ impl Noticed {
 
 impl Watch {
     pub(super) fn new(directory: &Path) -> io::Result<Self> {
-        let inotify = Inotify::init(InitFlags::IN_NONBLOCK | InitFlags::IN_CLOEXEC)?;
         let mut watch = Self {
             directory: directory.to_owned(),
-            inotify: AsyncFd::with_interest(Handle(inotify), Interest::READABLE)?,
+            events: Inotify::init()?.into_event_stream([0; EVENT_BYTES])?,
             descriptor: None,
         };
         watch.renew()?;
@@ -91,40 +82,32 @@ impl Watch {
 
     /// Watches what the directory's path leads to now: it may have been replaced.
     pub(super) fn renew(&mut self) -> io::Result<()> {
-        let flags = AddWatchFlags::IN_CREATE
-            | AddWatchFlags::IN_MODIFY
-            | AddWatchFlags::IN_CLOSE_WRITE
-            | AddWatchFlags::IN_ATTRIB
-            | AddWatchFlags::IN_MOVED_FROM
-            | AddWatchFlags::IN_MOVED_TO
-            | AddWatchFlags::IN_DELETE
-            | AddWatchFlags::IN_ONLYDIR;
-        let inotify = &self.inotify.get_ref().0;
-        let descriptor = inotify.add_watch(&self.directory, flags)?;
-        if let Some(old) = self
-            .descriptor
-            .replace(descriptor)
-            .filter(|old| *old != descriptor)
-        {
+        let mask = WatchMask::CREATE
+            | WatchMask::MODIFY
+            | WatchMask::CLOSE_WRITE
+            | WatchMask::ATTRIB
+            | WatchMask::MOVE
+            | WatchMask::DELETE
+            | WatchMask::ONLYDIR;
+        let mut watches = self.events.watches();
+        let descriptor = watches.add(&self.directory, mask)?;
+        let old = self.descriptor.replace(descriptor.clone());
+        if let Some(old) = old.filter(|old| *old != descriptor) {
             // Gone already, if the old directory is.
-            let _ = inotify.rm_watch(old);
+            let _ = watches.remove(old);
         }
         Ok(())
     }
 
-    /// Waits until something happens in the directory.
+    /// Waits until something happens in the directory. Loses nothing if it is dropped meanwhile.
     pub(super) async fn notice(&mut self, noticed: &mut Noticed) -> io::Result<()> {
-        loop {
-            let mut ready = self.inotify.readable().await?;
-            match ready.get_inner().0.read_events() {
-                Ok(events) => {
-                    let now = Instant::now();
-                    events.iter().for_each(|event| noticed.absorb(event, now));
-                    return Ok(());
-                }
-                Err(Errno::EAGAIN) => ready.clear_ready(),
-                Err(error) => return Err(error.into()),
+        match self.events.next().await {
+            Some(Ok(event)) => {
+                noticed.absorb(&event, Instant::now());
+                Ok(())
             }
+            Some(Err(error)) => Err(error),
+            None => Err(io::ErrorKind::UnexpectedEof.into()),
         }
     }
 }
