@@ -11,6 +11,7 @@ use undermesh_common::{
 };
 
 use crate::{
+    context,
     maps::{PODS, TARGETS, count, intent, listens},
     mark,
 };
@@ -30,18 +31,8 @@ pub fn undermesh_connect4(ctx: SockAddrContext) -> i32 {
 /// IPv6 sockets, also towards v4-mapped addresses: their packets are IPv4.
 #[cgroup_sock_addr(connect6)]
 pub fn undermesh_connect6(ctx: SockAddrContext) -> i32 {
-    let words = &raw const (unsafe { &*ctx.sock_addr }).user_ip6;
-    let words = words.cast::<u32>();
-    // SAFETY: the kernel's context, valid while the program runs. Word by word, because the
-    // verifier takes no merged loads.
-    let address = unsafe {
-        [
-            words.read_volatile(),
-            words.add(1).read_volatile(),
-            words.add(2).read_volatile(),
-            words.add(3).read_volatile(),
-        ]
-    };
+    // SAFETY: the kernel's context, valid while the program runs.
+    let address = unsafe { context::words(&raw const (*ctx.sock_addr).user_ip6) };
     connect(&ctx, Address::from_v6(address))
 }
 
