@@ -20,12 +20,14 @@ use undermesh::capture::kernel::{
     CAPTURE_MARK, Family, Kernel, KernelOptions, ListenerKind, ListenerSlot, PodRecord,
     netns_cookie,
 };
-use undermesh::mesh::Mode;
+use undermesh::mesh::{CaptureTarget, Mode};
 
 pub const POD_V4: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 2);
 pub const POD_V6: Ipv6Addr = Ipv6Addr::new(0xfd77, 0, 0, 0, 0, 0, 0, 2);
 pub const PEER_V4: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 9);
 pub const PEER_V6: Ipv6Addr = Ipv6Addr::new(0xfd77, 0, 0, 0, 0, 0, 0, 9);
+pub const SERVICE_V4: Ipv4Addr = Ipv4Addr::new(10, 96, 0, 10);
+pub const SERVICE_V6: Ipv6Addr = Ipv6Addr::new(0xfd96, 0, 0, 0, 0, 0, 0, 0x10);
 /// Long enough for a busy machine; only what fails waits for so long.
 pub const LIMIT: Duration = Duration::from_secs(10);
 
@@ -71,12 +73,12 @@ impl Fixture {
                 ));
             }
         }
-        for key in [
-            "ipv4.tcp_fwmark_accept",
-            "ipv4.fwmark_reflect",
-            "ipv6.fwmark_reflect",
+        for setting in [
+            "net.ipv4.tcp_fwmark_accept=1",
+            "net.ipv4.fwmark_reflect=1",
+            "net.ipv6.fwmark_reflect=1",
         ] {
-            run(&format!("ip netns exec {pod_name} sysctl -qw net.{key}=1"));
+            pod.sysctl(setting);
         }
         let netns_cookie = pod.enter(|| {
             let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
@@ -178,6 +180,20 @@ pub fn is_idle(listener: &TcpListener) -> bool {
         .is_err_and(|error| error.kind() == io::ErrorKind::WouldBlock)
 }
 
+pub fn target(address: impl Into<IpAddr>, port: Option<u16>) -> CaptureTarget {
+    CaptureTarget {
+        address: address.into(),
+        port,
+    }
+}
+
+/// Makes these the destinations of the mesh.
+pub fn capture(kernel: &Kernel, targets: &[CaptureTarget]) {
+    kernel
+        .set_targets(&targets.iter().copied().collect())
+        .unwrap();
+}
+
 pub fn counters(kernel: &Kernel) -> BTreeMap<&'static str, u64> {
     kernel.counters().into_iter().collect()
 }
@@ -197,7 +213,7 @@ pub fn wait_for(kernel: &Kernel, name: &str, value: u64) {
 
 /// A network namespace.
 pub struct Namespace {
-    name: String,
+    pub name: String,
     pub file: File,
 }
 
@@ -219,6 +235,10 @@ impl Namespace {
             });
             thread.join().unwrap()
         })
+    }
+
+    pub fn sysctl(&self, setting: &str) {
+        run(&format!("ip netns exec {} sysctl -qw {setting}", self.name));
     }
 
     pub fn connect(&self, address: impl Into<SocketAddr>) -> io::Result<TcpStream> {
@@ -342,7 +362,7 @@ fn cgroup2() -> PathBuf {
         .into()
 }
 
-fn run(command: &str) {
+pub fn run(command: &str) {
     let mut words = command.split_whitespace();
     let output = Command::new(words.next().unwrap())
         .args(words)
