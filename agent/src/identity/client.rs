@@ -212,16 +212,25 @@ impl AuthorityClient {
         let mut request = Request::new(self.message(id, new.pem));
         request.metadata_mut().insert("authorization", token);
 
-        let stream = self.connect(&roots).await?;
-        let (sender, connection) = http2::Builder::new(TokioExecutor::new())
-            .handshake(TokioIo::new(stream))
-            .await?;
-        let _driver = AbortOnDropHandle::new(tokio::spawn(connection));
-        let answer = create_certificate(Connection(sender), self.origin.clone(), request).await?;
+        let (connection, _driver) = self.open(&roots).await?;
+        let answer = create_certificate(connection, self.origin.clone(), request).await?;
 
         let chain = read_chain(&answer.cert_chain)?;
         let now = SystemTime::now();
         Ok(WorkloadCertificate::new(id, chain, new.key, &roots, now)?)
+    }
+
+    /// A connection to the CA, and the task that drives it.
+    pub(super) async fn open(
+        &self,
+        roots: &Roots,
+    ) -> Result<(Connection, AbortOnDropHandle<hyper::Result<()>>), ClientError> {
+        let stream = self.connect(roots).await?;
+        let (sender, connection) = http2::Builder::new(TokioExecutor::new())
+            .handshake(TokioIo::new(stream))
+            .await?;
+        let driver = AbortOnDropHandle::new(tokio::spawn(connection));
+        Ok((Connection(sender), driver))
     }
 
     fn message(&self, id: &SpiffeId, csr: String) -> CertificateRequest {
@@ -321,7 +330,7 @@ fn read_chain(entries: &[String]) -> Result<Vec<CertificateDer<'static>>, Client
 }
 
 /// One HTTP/2 connection as a gRPC client takes it.
-struct Connection(SendRequest<Body>);
+pub(super) struct Connection(SendRequest<Body>);
 
 impl tower_service::Service<http::Request<Body>> for Connection {
     type Response = http::Response<Incoming>;

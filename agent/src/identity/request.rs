@@ -193,6 +193,30 @@ mod tests {
     }
 
     #[test]
+    fn a_second_list_of_extensions_cannot_hide_a_name() {
+        let der = |tag: u8, content: &[u8]| {
+            let mut bytes = vec![tag, u8::try_from(content.len()).unwrap()];
+            bytes.extend_from_slice(content);
+            bytes
+        };
+        let names = der(0x30, &der(0x86, b"spiffe://cluster.local/ns/shop/sa/db"));
+        let san = [vec![6, 3, 0x55, 0x1d, 17], der(4, &names)].concat();
+        let values = der(0x31, &der(0x30, &der(0x30, &san)));
+        let second = rcgen::Attribute {
+            oid: &[1, 2, 840, 113_549, 1, 9, 14],
+            values,
+        };
+        let mut params = CertificateParams::default();
+        params.subject_alt_names = vec![SanType::URI(id().to_string().try_into().unwrap())];
+        let pair = KeyPair::generate().unwrap();
+        let csr = params.serialize_request_with_attributes(&pair, vec![second]);
+        assert!(matches!(
+            SigningRequest::from_der(csr.unwrap().der()),
+            Err(CsrError::Identity(PeerError::SeveralIdentities(2)))
+        ));
+    }
+
+    #[test]
     fn a_request_whose_signature_was_changed_is_refused() {
         let pem = NewRequest::new(&id()).unwrap().pem;
         let der = CertificateSigningRequestDer::from_pem_slice(pem.as_bytes()).unwrap();

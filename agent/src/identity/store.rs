@@ -326,6 +326,12 @@ impl Certificates {
         let mut entries = self.entries.lock();
         let mut pause = MAX_SLEEP;
         for (id, entry) in entries.iter_mut() {
+            // The clock was set back to before its start: peers refuse it. Failures keep their
+            // pauses.
+            let early = |held: &Arc<WorkloadCertificate>| now < held.not_before;
+            if entry.certificate.as_ref().is_some_and(early) && entry.plan.last_error().is_none() {
+                entry.plan.hurry(now);
+            }
             let Some(due) = entry.plan.due() else {
                 continue;
             };

@@ -226,8 +226,9 @@ impl Signer {
         if now >= self.root_not_after {
             return Err(SignerError::Expired);
         }
-        let end = now + lifetime;
+        let end = now.checked_add(lifetime).unwrap_or(self.root_not_after);
         let since = end
+            .min(self.root_not_after)
             .duration_since(SystemTime::UNIX_EPOCH)
             .map_err(SignerError::sign)?;
         let whole = Duration::from_secs(since.as_secs() + u64::from(since.subsec_nanos() > 0));
@@ -254,3 +255,90 @@ fn random_serial() -> Result<[u8; 17], SignerError> {
 
 /// What rustls takes for a port that serves with a [`CertifiedKey`] which is renewed.
 pub(super) type OwnKey = Arc<arc_swap::ArcSwap<CertifiedKey>>;
+
+#[cfg(test)]
+mod tests {
+    use rustls::client::verify_server_name;
+    use rustls::pki_types::ServerName;
+    use rustls::server::ParsedCertificate;
+
+    use super::*;
+    use crate::identity::Roots;
+    use crate::identity::certificate::unix_time;
+    use crate::identity::request::NewRequest;
+    use crate::identity::tls::MeshTls;
+
+    const HOUR: Duration = Duration::from_secs(3600);
+
+    fn signer(now: SystemTime) -> Signer {
+        let key = Signer::generate_key().unwrap();
+        let root = Signer::generate_root(&key, &TrustDomain::default(), now).unwrap();
+        Signer::new(&key, &root, now).unwrap()
+    }
+
+    fn request() -> SigningRequest {
+        let id = "spiffe://cluster.local/ns/shop/sa/web".parse().unwrap();
+        SigningRequest::from_pem(&NewRequest::new(&id).unwrap().pem).unwrap()
+    }
+
+    #[test]
+    fn nothing_outlives_the_root_and_an_ended_root_signs_nothing() {
+        let start = SystemTime::now();
+        let signer = signer(start);
+        let late = signer.root_not_after() - Duration::from_secs(60);
+        for lifetime in [HOUR, Duration::MAX] {
+            let signed = signer.sign(&request(), lifetime, late).unwrap();
+            assert_eq!(signed.not_after, signer.root_not_after());
+        }
+        let ended = signer.root_not_after();
+        assert!(matches!(
+            signer.sign(&request(), HOUR, ended),
+            Err(SignerError::Expired)
+        ));
+        let names = ["ca".to_owned()];
+        assert!(signer.sign_own(&names, HOUR, ended).is_err());
+    }
+
+    #[test]
+    fn serials_are_128_random_bits() {
+        let now = SystemTime::now();
+        let signer = signer(now);
+        let serial = || signer.sign(&request(), HOUR, now).unwrap().serial;
+        let (one, two) = (serial(), serial());
+        assert_eq!(one.len(), 34);
+        assert_ne!(one, two);
+    }
+
+    #[test]
+    fn the_certificate_of_the_own_port_makes_no_peer_and_a_workload_cannot_pose_as_the_ca() {
+        let now = SystemTime::now();
+        let signer = signer(now);
+        let own = signer.sign_own(&["ca.undermesh".to_owned()], HOUR, now);
+        let own = own.unwrap();
+        let roots = Roots::from_pem(signer.root_pem().as_bytes()).unwrap();
+        let tls = MeshTls::new(TrustDomain::default(), &roots).unwrap();
+        assert!(tls.accepts(&own.cert[0], &[], unix_time(now)).is_err());
+
+        let name = ServerName::try_from("ca.undermesh").unwrap();
+        let named = |der: &CertificateDer<'_>| {
+            verify_server_name(&ParsedCertificate::try_from(der).unwrap(), &name)
+        };
+        assert!(named(&own.cert[0]).is_ok());
+        let signed = signer.sign(&request(), HOUR, now).unwrap();
+        let workload = CertificateDer::from_pem_slice(signed.chain[0].as_bytes()).unwrap();
+        assert!(named(&workload).is_err());
+        assert!(tls.accepts(&workload, &[], unix_time(now)).is_ok());
+    }
+
+    #[test]
+    fn a_certificate_that_is_no_ca_is_refused_as_root() {
+        let now = SystemTime::now();
+        let key = Signer::generate_key().unwrap();
+        let pair = KeyPair::from_pem(&key).unwrap();
+        let leaf = params(now, now + HOUR).self_signed(&pair).unwrap().pem();
+        assert!(matches!(
+            Signer::new(&key, &leaf, now),
+            Err(SignerError::NotCa)
+        ));
+    }
+}

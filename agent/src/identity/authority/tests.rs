@@ -272,7 +272,33 @@ async fn a_bad_authenticator_at_start_is_an_error() {
 }
 
 #[tokio::test]
-async fn other_methods_and_oversized_requests_are_refused() {
+async fn other_methods_and_oversized_messages_are_refused_on_the_wire() {
+    let ca = Running::start(Duration::from_secs(60)).await;
+    let client = ca.client();
+    let roots = client.read_roots().await.unwrap();
+    let origin: http::Uri = "https://ca.undermesh".parse().unwrap();
+    let (connection, _driver) = client.open(&roots).await.unwrap();
+    let request = Request::new(CertificateRequest {
+        csr: "x".repeat(100 * 1024),
+        ..CertificateRequest::default()
+    });
+    // Our own side refuses to send so much; a plain gRPC client does not.
+    let mut grpc = tonic::client::Grpc::with_origin(connection, origin);
+    for (path, code) in [
+        ("CreateCertificate", Code::OutOfRange),
+        ("Other", Code::Unimplemented),
+    ] {
+        let path = format!("/istio.v1.auth.IstioCertificateService/{path}");
+        let message = Request::new(request.get_ref().clone());
+        let codec = tonic_prost::ProstCodec::<CertificateRequest, CertificateResponse>::default();
+        grpc.ready().await.unwrap();
+        let status = grpc.unary(message, path.parse().unwrap(), codec).await;
+        assert_eq!(status.unwrap_err().code(), code);
+    }
+}
+
+#[tokio::test]
+async fn oversized_requests_and_doubtful_tokens_are_refused() {
     let ca = Running::start(Duration::from_secs(60)).await;
     let mut request = Request::new(CertificateRequest {
         csr: "x".repeat(100 * 1024),
@@ -321,8 +347,8 @@ async fn a_flood_of_silent_connections_does_not_shut_out_an_agent_at_another_add
 }
 
 #[tokio::test]
-async fn certificates_of_three_seconds_are_rotated_while_not_one_handshake_fails() {
-    let ca = Running::start(Duration::from_secs(3)).await;
+async fn certificates_of_four_seconds_are_rotated_while_not_one_handshake_fails() {
+    let ca = Running::start(Duration::from_secs(4)).await;
     let (store, stop) = ca.store();
     store.want([id("web"), id("cart")].into());
     let first = store.ready(&id("web"), SOON).await.unwrap().serial.clone();
@@ -342,7 +368,7 @@ async fn certificates_of_three_seconds_are_rotated_while_not_one_handshake_fails
         serials.len()
     };
     let serials = handshakes.await;
-    assert!(serials >= 4, "{serials} certificates in 8 s");
+    assert!(serials >= 3, "{serials} certificates in 8 s");
     assert!(done.load(Ordering::Relaxed) > 50);
     stop.cancel();
 }

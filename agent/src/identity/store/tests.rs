@@ -33,6 +33,7 @@ struct Ca {
     mood: Mutex<Mood>,
     lifetime: Duration,
     clock: Clock,
+    set_back: Arc<Mutex<Duration>>,
     asked: Mutex<Vec<SystemTime>>,
     at_once: AtomicUsize,
     most_at_once: AtomicUsize,
@@ -43,7 +44,9 @@ impl Ca {
         // Whole seconds, as in X.509, so that ends are exact.
         let start = SystemTime::UNIX_EPOCH + Duration::from_secs(1_800_000_000);
         let began = Instant::now();
-        let clock: Clock = Arc::new(move || start + began.elapsed());
+        let set_back = Arc::new(Mutex::new(Duration::ZERO));
+        let by = set_back.clone();
+        let clock: Clock = Arc::new(move || start + began.elapsed() - *by.lock());
         let authority = TestAuthority::at("cluster.local", clock());
         Arc::new(Self {
             roots: Mutex::new(Some(authority.roots())),
@@ -51,6 +54,7 @@ impl Ca {
             mood: Mutex::new(Mood::Willing),
             lifetime,
             clock,
+            set_back,
             asked: Mutex::default(),
             at_once: AtomicUsize::new(0),
             most_at_once: AtomicUsize::new(0),
@@ -365,4 +369,18 @@ async fn identities_beyond_the_bound_are_refused_and_counted_and_the_held_ones_s
         store.current(first),
         Err(CertificateError::NotWanted(_))
     ));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_certificate_from_before_the_clock_was_set_back_is_replaced() {
+    let node = Running::new(DAY);
+    node.want(&[web()]);
+    tokio::time::sleep(HOUR).await;
+    let first = node.ready(&web()).await.unwrap();
+    *node.ca.set_back.lock() = HOUR * 2;
+    tokio::time::sleep(MAX_SLEEP * 2).await;
+    let second = node.store.current(&web()).unwrap();
+    assert_ne!(second.serial, first.serial);
+    assert!(second.not_before < (node.ca.clock)());
+    assert!(node.ca.asked() < 5, "{}", node.ca.asked());
 }

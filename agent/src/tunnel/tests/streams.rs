@@ -3,15 +3,27 @@
 use super::*;
 use crate::tunnel::limits::{SEND_BUFFER, STREAM_WINDOW};
 
+struct Pair {
+    _client: Client,
+    _pod: Arc<Pod>,
+    near: Tunnelled,
+    far: (TunnelSend, TunnelReceive),
+}
+
 /// Both ends of one connection.
-async fn pair() -> (Tunnelled, (TunnelSend, TunnelReceive), (Client, Arc<Pod>)) {
+async fn pair() -> Pair {
     let mesh = Mesh::new();
     let held = Held::default();
     let pod = Pod::new(&mesh, held.service());
     let client = Client::new(&mesh);
     let near = client.open(&pod).await.unwrap();
     let far = held.take().await;
-    (near, far, (client, pod))
+    Pair {
+        _client: client,
+        _pod: pod,
+        near,
+        far,
+    }
 }
 
 #[tokio::test]
@@ -58,7 +70,9 @@ async fn bytes_come_back_unchanged_both_ways_at_once_over_loopback() {
 
 #[tokio::test]
 async fn the_client_may_end_first() {
-    let (mut near, mut far, _kept) = pair().await;
+    let Pair {
+        mut near, mut far, ..
+    } = pair().await;
     near.send
         .send(Bytes::from_static(b"request"))
         .await
@@ -76,7 +90,9 @@ async fn the_client_may_end_first() {
 
 #[tokio::test]
 async fn the_server_may_end_first() {
-    let (mut near, mut far, _kept) = pair().await;
+    let Pair {
+        mut near, mut far, ..
+    } = pair().await;
     far.0.send(Bytes::from_static(b"banner")).await.unwrap();
     far.0.finish().unwrap();
     assert_eq!(
@@ -91,7 +107,9 @@ async fn the_server_may_end_first() {
 
 #[tokio::test]
 async fn what_was_sent_before_an_orderly_end_arrives_though_the_sender_dropped_everything() {
-    let (mut near, mut far, _kept) = pair().await;
+    let Pair {
+        mut near, mut far, ..
+    } = pair().await;
     far.0.finish().unwrap();
     assert!(within(near.receive.data()).await.is_none());
     let sent = pattern(200 * 1024, 3);
@@ -103,7 +121,7 @@ async fn what_was_sent_before_an_orderly_end_arrives_though_the_sender_dropped_e
 
 #[tokio::test]
 async fn a_sender_dropped_before_its_end_is_a_reset_and_never_an_end() {
-    let (near, mut far, _kept) = pair().await;
+    let Pair { near, mut far, .. } = pair().await;
     let Tunnelled {
         mut send,
         receive: _receive,
@@ -118,7 +136,9 @@ async fn a_sender_dropped_before_its_end_is_a_reset_and_never_an_end() {
 
 #[tokio::test]
 async fn a_receiver_dropped_before_the_end_stops_the_sender() {
-    let (near, mut far, _kept) = pair().await;
+    let Pair {
+        near, far: mut far, ..
+    } = pair().await;
     let Tunnelled {
         send: mut near_send,
         receive,
@@ -134,7 +154,9 @@ async fn a_receiver_dropped_before_the_end_stops_the_sender() {
 
 #[tokio::test]
 async fn a_reset_by_the_server_is_seen_as_one_with_its_reason() {
-    let (mut near, mut far, _kept) = pair().await;
+    let Pair {
+        mut near, mut far, ..
+    } = pair().await;
     far.0.send(Bytes::from_static(b"half")).await.unwrap();
     far.0.reset(ResetReason::Internal);
     let reset = within(read_all(&mut near.receive)).await.unwrap_err();
@@ -145,17 +167,19 @@ async fn a_reset_by_the_server_is_seen_as_one_with_its_reason() {
 
 #[tokio::test]
 async fn the_loss_of_the_tunnel_is_a_reset_on_the_other_side() {
-    let (mut near, mut far, (_client, pod)) = pair().await;
-    near.send.send(Bytes::from_static(b"x")).await.unwrap();
-    pod.crash();
-    let reset = within(read_all(&mut near.receive)).await.unwrap_err();
+    let mut pair = pair().await;
+    pair.near.send.send(Bytes::from_static(b"x")).await.unwrap();
+    pair._pod.crash();
+    let reset = within(read_all(&mut pair.near.receive)).await.unwrap_err();
     assert_eq!(reset.by, ResetBy::Tunnel);
-    assert!(within(read_all(&mut far.1)).await.is_err());
+    assert!(within(read_all(&mut pair.far.1)).await.is_err());
 }
 
 #[tokio::test(start_paused = true)]
 async fn a_reader_that_does_not_read_holds_a_bounded_number_of_bytes() {
-    let (mut near, mut far, _kept) = pair().await;
+    let Pair {
+        mut near, mut far, ..
+    } = pair().await;
     let chunk = Bytes::from(pattern(64 * 1024, 5));
     let mut taken = 0;
     while tokio::time::timeout(Duration::from_secs(5), near.send.send(chunk.clone()))
