@@ -7,13 +7,14 @@ use aya_ebpf::{
     programs::SkLookupContext,
 };
 use undermesh_common::{
-    Address, Arrival, IPPROTO_TCP, LOOPBACK_INTERFACE, ListenerKey, ListenerKind, PodConstants,
-    Route, Tuple, Verdict,
+    Arrival, IPPROTO_TCP, LOOPBACK_INTERFACE, ListenerKey, ListenerKind, PodConstants, Route,
+    Tuple, Verdict,
 };
 
-use crate::maps::{ADMITTED, CONSTANTS, LISTENERS, count};
-
-const AF_INET: u32 = 2;
+use crate::{
+    context,
+    maps::{ADMITTED, CONSTANTS, LISTENERS, count},
+};
 
 /// One instance per pod.
 #[sk_lookup]
@@ -87,35 +88,20 @@ fn is_admitted(arrival: &Arrival, remote_port: u16, netns_cookie: u64) -> bool {
 #[inline(always)]
 fn arrival(ctx: &SkLookupContext) -> (Arrival, u16) {
     let lookup = ctx.lookup;
-    // SAFETY: the kernel's context, valid while the program runs. Word by word, because the
-    // verifier takes no merged loads.
+    // SAFETY: the kernel's context, valid while the program runs.
     unsafe {
-        let (local, remote) = if (&raw const (*lookup).family).read_volatile() == AF_INET {
-            (
-                Address::from_v4((&raw const (*lookup).local_ip4).read_volatile()),
-                Address::from_v4((&raw const (*lookup).remote_ip4).read_volatile()),
-            )
-        } else {
-            let local = (&raw const (*lookup).local_ip6).cast::<u32>();
-            let remote = (&raw const (*lookup).remote_ip6).cast::<u32>();
-            (
-                Address::from_v6([
-                    local.read_volatile(),
-                    local.add(1).read_volatile(),
-                    local.add(2).read_volatile(),
-                    local.add(3).read_volatile(),
-                ]),
-                Address::from_v6([
-                    remote.read_volatile(),
-                    remote.add(1).read_volatile(),
-                    remote.add(2).read_volatile(),
-                    remote.add(3).read_volatile(),
-                ]),
-            )
-        };
+        let family = (&raw const (*lookup).family).read_volatile();
         let arrival = Arrival {
-            local,
-            remote,
+            local: context::address(
+                family,
+                &raw const (*lookup).local_ip4,
+                &raw const (*lookup).local_ip6,
+            ),
+            remote: context::address(
+                family,
+                &raw const (*lookup).remote_ip4,
+                &raw const (*lookup).remote_ip6,
+            ),
             local_port: (&raw const (*lookup).local_port).read_volatile() as u16,
             over_loopback: (&raw const (*lookup).ingress_ifindex).read_volatile()
                 == LOOPBACK_INTERFACE,

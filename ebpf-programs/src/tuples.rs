@@ -11,14 +11,13 @@ use aya_ebpf::{
     macros::sock_ops,
     programs::SockOpsContext,
 };
-use undermesh_common::{Address, Admission, Intent, Scope, Tuple, Verdict};
+use undermesh_common::{Admission, Intent, Scope, Tuple, Verdict};
 
 use crate::{
+    context,
     maps::{ADMITTED, PODS, count, intent},
     mark::{self, Change},
 };
-
-const AF_INET: u32 = 2;
 
 /// Attached at the root of the tree: the agent's sockets in the pods' namespaces are in its own cgroup.
 #[sock_ops]
@@ -99,35 +98,20 @@ fn closed(ctx: &SockOpsContext) {
 #[inline(always)]
 fn tuple(ctx: &SockOpsContext) -> Tuple {
     let ops = ctx.ops;
-    // SAFETY: the kernel's context, valid while the program runs. Word by word, because the
-    // verifier takes no merged loads. `local_port` is in host order, `remote_port` in network order.
+    // SAFETY: the kernel's context, valid while the program runs. `local_port` is in host order,
+    // `remote_port` in network order.
     unsafe {
-        let (source, destination) = if ctx.family() == AF_INET {
-            (
-                Address::from_v4((&raw const (*ops).local_ip4).read_volatile()),
-                Address::from_v4((&raw const (*ops).remote_ip4).read_volatile()),
-            )
-        } else {
-            let local = (&raw const (*ops).local_ip6).cast::<u32>();
-            let remote = (&raw const (*ops).remote_ip6).cast::<u32>();
-            (
-                Address::from_v6([
-                    local.read_volatile(),
-                    local.add(1).read_volatile(),
-                    local.add(2).read_volatile(),
-                    local.add(3).read_volatile(),
-                ]),
-                Address::from_v6([
-                    remote.read_volatile(),
-                    remote.add(1).read_volatile(),
-                    remote.add(2).read_volatile(),
-                    remote.add(3).read_volatile(),
-                ]),
-            )
-        };
         Tuple {
-            source,
-            destination,
+            source: context::address(
+                ctx.family(),
+                &raw const (*ops).local_ip4,
+                &raw const (*ops).local_ip6,
+            ),
+            destination: context::address(
+                ctx.family(),
+                &raw const (*ops).remote_ip4,
+                &raw const (*ops).remote_ip6,
+            ),
             source_port: (&raw const (*ops).local_port).read_volatile() as u16,
             destination_port: u32::from_be((&raw const (*ops).remote_port).read_volatile()) as u16,
         }
