@@ -39,7 +39,13 @@ impl Outbound {
     /// Serves one captured connection to its end. Whatever fails before bytes flow resets it: a
     /// client whose connect succeeded must not take a FIN for an answer.
     pub async fn serve(&self, accepted: Accepted, capture: &Capture) {
-        let Accepted { pod, stream, peer, local, .. } = accepted;
+        let Accepted {
+            pod,
+            stream,
+            peer,
+            local,
+            ..
+        } = accepted;
         let _live = pod.track();
         let snapshot = self.snapshot.load_full();
         let target = target(&snapshot, local);
@@ -82,9 +88,16 @@ impl Outbound {
         connection: &Connection,
     ) -> Result<Connected, Failure> {
         let Some(target) = target else {
-            return Err(Failure::new(FailureReason::NoRoute, "not a destination of the mesh"));
+            return Err(Failure::new(
+                FailureReason::NoRoute,
+                "not a destination of the mesh",
+            ));
         };
-        let origin = Origin { peer, target: &target, connection };
+        let origin = Origin {
+            peer,
+            target: &target,
+            connection,
+        };
         let client = pod.workload();
         let mut tried: Vec<SocketAddr> = Vec::with_capacity(ENDPOINTS_TRIED);
         let mut last = None;
@@ -94,19 +107,26 @@ impl Outbound {
                     && client.has_family(endpoint.address)
                     && !tried.contains(&endpoint.address)
             };
-            let Some(endpoint) = self.loads.pick(&target.endpoints, usable, &mut rand::rng()) else {
+            let Some(endpoint) = self.loads.pick(&target.endpoints, usable, &mut rand::rng())
+            else {
                 break;
             };
             let load = self.loads.begin(endpoint.address);
             tried.push(endpoint.address);
-            match self.connect_to(pod, capture, snapshot, &origin, endpoint).await {
+            match self
+                .connect_to(pod, capture, snapshot, &origin, endpoint)
+                .await
+            {
                 Ok(upstream) => return Ok(Connected { upstream, load }),
                 Err(failure) if failure.may_go_elsewhere() => last = Some(failure),
                 Err(failure) => return Err(failure),
             }
         }
         Err(last.unwrap_or_else(|| {
-            Failure::new(FailureReason::NoEndpoint, "no endpoint of the service is ready")
+            Failure::new(
+                FailureReason::NoEndpoint,
+                "no endpoint of the service is ready",
+            )
         }))
     }
 
@@ -118,9 +138,10 @@ impl Outbound {
         target: Option<&Target>,
         snapshot: &Snapshot,
     ) -> Connection {
-        let destination = snapshot
-            .workload_at(local.ip())
-            .map_or_else(|| Party::unknown(local), |workload| Party::of(workload, local));
+        let destination = snapshot.workload_at(local.ip()).map_or_else(
+            || Party::unknown(local),
+            |workload| Party::of(workload, local),
+        );
         self.telemetry.open(ConnectionInfo {
             direction: Direction::Outbound,
             source: Party::of(&pod.workload(), peer),
