@@ -23,7 +23,15 @@ pub(super) async fn deliver(
     app: SocketAddr,
     limit: Duration,
 ) -> Result<TcpStream, Undelivered> {
-    match timeout(limit, pod.connect(Dial::Deliver { source: client, destination: app })).await {
+    match timeout(
+        limit,
+        pod.connect(Dial::Deliver {
+            source: client,
+            destination: app,
+        }),
+    )
+    .await
+    {
         Ok(Ok(stream)) => Ok(stream),
         Ok(Err(error)) => Err(Undelivered {
             reason: match error {

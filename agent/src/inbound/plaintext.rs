@@ -10,7 +10,13 @@ use crate::telemetry::{ConnectionInfo, Direction, FailureReason, Party, Security
 impl Inbound {
     /// Serves one plaintext connection to its end: refused by a reset if the pod is STRICT.
     pub async fn serve_plaintext(&self, accepted: Accepted) {
-        let Accepted { pod, stream, peer, local, .. } = accepted;
+        let Accepted {
+            pod,
+            stream,
+            peer,
+            local,
+            ..
+        } = accepted;
         let _live = pod.track();
         let workload = pod.workload();
         let connection = self.telemetry.open(ConnectionInfo {

@@ -25,7 +25,13 @@ struct ToPod {
 impl Inbound {
     /// Serves one tunnel to its end.
     pub async fn serve_tunnel(self: Arc<Self>, accepted: Accepted) {
-        let Accepted { pod, stream, peer, local, .. } = accepted;
+        let Accepted {
+            pod,
+            stream,
+            peer,
+            local,
+            ..
+        } = accepted;
         let identity = pod.workload().identity.clone();
         let certificate = match self.certificates.ready(&identity, FIRST_CERTIFICATE).await {
             Ok(certificate) => certificate,
@@ -34,7 +40,10 @@ impl Inbound {
                 return;
             }
         };
-        let service = Arc::new(ToPod { inbound: self.clone(), pod: pod.clone() });
+        let service = Arc::new(ToPod {
+            inbound: self.clone(),
+            pod: pod.clone(),
+        });
         let drain = self.drain.child_token();
         let serving = tunnel::serve(stream, certificate, local, service, drain);
         let served = tokio::select! {
@@ -50,7 +59,11 @@ impl Inbound {
 
 impl TunnelService for ToPod {
     fn connect(&self, incoming: Incoming) -> Pin<Box<dyn Future<Output = ()> + Send>> {
-        Box::pin(serve_stream(self.inbound.clone(), self.pod.clone(), incoming))
+        Box::pin(serve_stream(
+            self.inbound.clone(),
+            self.pod.clone(),
+            incoming,
+        ))
     }
 }
 

@@ -28,7 +28,9 @@ mod tests {
 
     #[test]
     fn only_a_strict_pod_refuses_a_peer_without_identity() {
-        let peer: SpiffeId = "spiffe://cluster.local/ns/default/sa/client".parse().unwrap();
+        let peer: SpiffeId = "spiffe://cluster.local/ns/default/sa/client"
+            .parse()
+            .unwrap();
         assert_eq!(authorize(Mode::Strict, None), Err(Denied::Plaintext));
         assert_eq!(authorize(Mode::Strict, Some(&peer)), Ok(()));
         assert_eq!(authorize(Mode::Permissive, None), Ok(()));

@@ -114,7 +114,9 @@ impl Workload {
     /// Whether it has an address of the same family, and so can reach this one.
     #[must_use]
     pub fn has_family(&self, address: SocketAddr) -> bool {
-        self.addresses.iter().any(|own| own.is_ipv4() == address.is_ipv4())
+        self.addresses
+            .iter()
+            .any(|own| own.is_ipv4() == address.is_ipv4())
     }
 
     /// Whether it speaks HBONE.

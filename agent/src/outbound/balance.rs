@@ -30,7 +30,10 @@ pub struct Loads {
 
 impl Default for Loads {
     fn default() -> Self {
-        Self { shards: std::array::from_fn(|_| Mutex::default()), hasher: RandomState::new() }
+        Self {
+            shards: std::array::from_fn(|_| Mutex::default()),
+            hasher: RandomState::new(),
+        }
     }
 }
 
@@ -74,17 +77,28 @@ impl Loads {
     /// Counts a connection to the endpoint until the guard is dropped.
     pub fn begin(self: &Arc<Self>, endpoint: SocketAddr) -> Load {
         *self.shard(endpoint).lock().entry(endpoint).or_default() += 1;
-        Load { loads: self.clone(), endpoint }
+        Load {
+            loads: self.clone(),
+            endpoint,
+        }
     }
 
     /// Live connections to the endpoint.
     #[must_use]
     pub fn of(&self, endpoint: SocketAddr) -> usize {
-        self.shard(endpoint).lock().get(&endpoint).copied().unwrap_or_default()
+        self.shard(endpoint)
+            .lock()
+            .get(&endpoint)
+            .copied()
+            .unwrap_or_default()
     }
 
     fn lighter<'a>(&self, one: &'a Endpoint, other: &'a Endpoint) -> &'a Endpoint {
-        if self.of(other.address) < self.of(one.address) { other } else { one }
+        if self.of(other.address) < self.of(one.address) {
+            other
+        } else {
+            one
+        }
     }
 
     fn shard(&self, endpoint: SocketAddr) -> &Mutex<HashMap<SocketAddr, usize>> {
@@ -133,11 +147,22 @@ mod tests {
         let endpoints = endpoints(10, |_| true);
         let mut random = StdRng::seed_from_u64(1);
         let held: Vec<Load> = (0..1000)
-            .map(|_| loads.begin(loads.pick(&endpoints, |_| true, &mut random).unwrap().address))
+            .map(|_| {
+                loads.begin(
+                    loads
+                        .pick(&endpoints, |_| true, &mut random)
+                        .unwrap()
+                        .address,
+                )
+            })
             .collect();
         for endpoint in &endpoints {
             let load = loads.of(endpoint.address);
-            assert!((95..=105).contains(&load), "{} has {load} of 1000", endpoint.address);
+            assert!(
+                (95..=105).contains(&load),
+                "{} has {load} of 1000",
+                endpoint.address
+            );
         }
         drop(held);
         assert!(loads.shards.iter().all(|shard| shard.lock().is_empty()));

@@ -14,7 +14,7 @@ use super::{Load, Outbound};
 use crate::capture::{Capture, Dial, DialError, EnrolledPod};
 use crate::mesh::{Endpoint, Snapshot, SpiffeId, authorize};
 use crate::telemetry::{Connection, FailureReason, Party, Security, error_chain};
-use crate::tunnel::{self, ConnectRequest, Tunnelled, TunnelError, TunnelKey};
+use crate::tunnel::{self, ConnectRequest, TunnelError, TunnelKey, Tunnelled};
 
 /// How long a connection waits for its identity's first certificate, as right after enrolment.
 const FIRST_CERTIFICATE: Duration = Duration::from_secs(5);
@@ -48,12 +48,19 @@ pub(super) struct Failure {
 
 impl Failure {
     pub(super) fn new(reason: FailureReason, detail: impl Into<String>) -> Self {
-        Self { reason, detail: detail.into(), elsewhere: false }
+        Self {
+            reason,
+            detail: detail.into(),
+            elsewhere: false,
+        }
     }
 
     /// A failure of this endpoint, not of the connection: another may do better.
     fn of_endpoint(reason: FailureReason, detail: impl Into<String>) -> Self {
-        Self { elsewhere: true, ..Self::new(reason, detail) }
+        Self {
+            elsewhere: true,
+            ..Self::new(reason, detail)
+        }
     }
 
     pub(super) fn may_go_elsewhere(&self) -> bool {
@@ -74,7 +81,12 @@ impl Outbound {
         let destination = pod_of(snapshot, endpoint);
         let enrolled = destination.and_then(|workload| capture.enrolled(&workload.uid));
         let config = snapshot.config();
-        let way = path(&client, destination.map(AsRef::as_ref), enrolled.is_some(), config);
+        let way = path(
+            &client,
+            destination.map(AsRef::as_ref),
+            enrolled.is_some(),
+            config,
+        );
         let way = way.map_err(|none| no_path(none, endpoint.address))?;
         origin.connection.update(|info| {
             info.destination = match destination {
@@ -90,14 +102,18 @@ impl Outbound {
         let limit = config.connect_timeout;
         match way {
             Path::SameNode => {
-                let mode = destination.and_then(|workload| workload.mode()).unwrap_or_default();
+                let mode = destination
+                    .and_then(|workload| workload.mode())
+                    .unwrap_or_default();
                 authorize(mode, Some(&client.identity))
                     .map_err(|denied| Failure::new(FailureReason::Denied, denied.to_string()))?;
-                dial(pod, Dial::Admitted(endpoint.address), limit).await.map(Upstream::Socket)
+                dial(pod, Dial::Admitted(endpoint.address), limit)
+                    .await
+                    .map(Upstream::Socket)
             }
-            Path::Plaintext => {
-                dial(pod, Dial::Direct(endpoint.address), limit).await.map(Upstream::Socket)
-            }
+            Path::Plaintext => dial(pod, Dial::Direct(endpoint.address), limit)
+                .await
+                .map(Upstream::Socket),
             Path::Tunnel(identity) => self
                 .tunnel(pod, identity, endpoint.address, origin, limit)
                 .await
@@ -113,6 +129,7 @@ impl Outbound {
         origin: &Origin<'_>,
         limit: Duration,
     ) -> Result<Tunnelled, Failure> {
+        self.close_tunnels_with(pod);
         let client = pod.workload();
         let certificate = self
             .certificates
@@ -140,7 +157,10 @@ impl Outbound {
                 Err(_) => Err(std::io::ErrorKind::TimedOut.into()),
             }
         };
-        self.pool.open(&key, certificate, request, dial).await.map_err(|error| tunnel_failure(&error))
+        self.pool
+            .open(&key, certificate, request, dial)
+            .await
+            .map_err(|error| tunnel_failure(&error))
     }
 }
 

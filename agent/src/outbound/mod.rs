@@ -5,8 +5,11 @@ mod connect;
 mod path;
 mod target;
 
+use std::collections::HashSet;
 use std::net::SocketAddr;
 use std::sync::Arc;
+
+use parking_lot::Mutex;
 
 use crate::capture::{Accepted, Capture, EnrolledPod};
 use crate::identity::Certificates;
@@ -28,18 +31,60 @@ const ENDPOINTS_TRIED: usize = 3;
 
 /// Takes captured connections of this node's pods to where they want to go.
 pub struct Outbound {
-    pub(crate) snapshot: SharedSnapshot,
-    pub(crate) certificates: Arc<Certificates>,
-    pub(crate) pool: Arc<Pool>,
-    pub(crate) telemetry: Arc<Telemetry>,
-    pub(crate) loads: Arc<Loads>,
+    snapshot: SharedSnapshot,
+    certificates: Arc<Certificates>,
+    pool: Arc<Pool>,
+    telemetry: Arc<Telemetry>,
+    loads: Arc<Loads>,
+    /// Pods (by netns cookie) whose end is waited for, to close their tunnels with them.
+    watched: Arc<Mutex<HashSet<u64>>>,
 }
 
 impl Outbound {
+    /// Puts it together.
+    #[must_use]
+    pub fn new(
+        snapshot: SharedSnapshot,
+        certificates: Arc<Certificates>,
+        pool: Arc<Pool>,
+        telemetry: Arc<Telemetry>,
+    ) -> Self {
+        let (loads, watched) = (Arc::default(), Arc::default());
+        Self {
+            snapshot,
+            certificates,
+            pool,
+            telemetry,
+            loads,
+            watched,
+        }
+    }
+
+    /// Closes the pod's tunnels when it is gone: a pooled one would keep its network namespace
+    /// alive.
+    fn close_tunnels_with(&self, pod: &EnrolledPod) {
+        let cookie = pod.netns_cookie();
+        if !self.watched.lock().insert(cookie) {
+            return;
+        }
+        let (gone, pool, watched) = (pod.gone().clone(), self.pool.clone(), self.watched.clone());
+        tokio::spawn(async move {
+            gone.cancelled().await;
+            pool.close_source(cookie);
+            watched.lock().remove(&cookie);
+        });
+    }
+
     /// Serves one captured connection to its end. Whatever fails before bytes flow resets it: a
     /// client whose connect succeeded must not take a FIN for an answer.
     pub async fn serve(&self, accepted: Accepted, capture: &Capture) {
-        let Accepted { pod, stream, peer, local, .. } = accepted;
+        let Accepted {
+            pod,
+            stream,
+            peer,
+            local,
+            ..
+        } = accepted;
         let _live = pod.track();
         let snapshot = self.snapshot.load_full();
         let target = target(&snapshot, local);
@@ -82,9 +127,16 @@ impl Outbound {
         connection: &Connection,
     ) -> Result<Connected, Failure> {
         let Some(target) = target else {
-            return Err(Failure::new(FailureReason::NoRoute, "not a destination of the mesh"));
+            return Err(Failure::new(
+                FailureReason::NoRoute,
+                "not a destination of the mesh",
+            ));
         };
-        let origin = Origin { peer, target: &target, connection };
+        let origin = Origin {
+            peer,
+            target: &target,
+            connection,
+        };
         let client = pod.workload();
         let mut tried: Vec<SocketAddr> = Vec::with_capacity(ENDPOINTS_TRIED);
         let mut last = None;
@@ -94,19 +146,26 @@ impl Outbound {
                     && client.has_family(endpoint.address)
                     && !tried.contains(&endpoint.address)
             };
-            let Some(endpoint) = self.loads.pick(&target.endpoints, usable, &mut rand::rng()) else {
+            let Some(endpoint) = self.loads.pick(&target.endpoints, usable, &mut rand::rng())
+            else {
                 break;
             };
             let load = self.loads.begin(endpoint.address);
             tried.push(endpoint.address);
-            match self.connect_to(pod, capture, snapshot, &origin, endpoint).await {
+            match self
+                .connect_to(pod, capture, snapshot, &origin, endpoint)
+                .await
+            {
                 Ok(upstream) => return Ok(Connected { upstream, load }),
                 Err(failure) if failure.may_go_elsewhere() => last = Some(failure),
                 Err(failure) => return Err(failure),
             }
         }
         Err(last.unwrap_or_else(|| {
-            Failure::new(FailureReason::NoEndpoint, "no endpoint of the service is ready")
+            Failure::new(
+                FailureReason::NoEndpoint,
+                "no endpoint of the service is ready",
+            )
         }))
     }
 
@@ -118,9 +177,10 @@ impl Outbound {
         target: Option<&Target>,
         snapshot: &Snapshot,
     ) -> Connection {
-        let destination = snapshot
-            .workload_at(local.ip())
-            .map_or_else(|| Party::unknown(local), |workload| Party::of(workload, local));
+        let destination = snapshot.workload_at(local.ip()).map_or_else(
+            || Party::unknown(local),
+            |workload| Party::of(workload, local),
+        );
         self.telemetry.open(ConnectionInfo {
             direction: Direction::Outbound,
             source: Party::of(&pod.workload(), peer),

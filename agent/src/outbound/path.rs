@@ -33,7 +33,11 @@ pub(super) fn path(
 ) -> Result<Path, NoPath> {
     let strict = client.mode() == Some(Mode::Strict);
     let Some((destination, mode)) = destination.and_then(|pod| Some((pod, pod.mode()?))) else {
-        return if strict { Err(NoPath::PlaintextRefused) } else { Ok(Path::Plaintext) };
+        return if strict {
+            Err(NoPath::PlaintextRefused)
+        } else {
+            Ok(Path::Plaintext)
+        };
     };
     if destination.uid == client.uid {
         return Ok(Path::SameNode);
@@ -48,7 +52,11 @@ pub(super) fn path(
     if destination.node != client.node {
         return Ok(Path::Tunnel(destination.identity.clone()));
     }
-    if strict || mode == Mode::Strict { Err(NoPath::NotEnrolled) } else { Ok(Path::Plaintext) }
+    if strict || mode == Mode::Strict {
+        Err(NoPath::NotEnrolled)
+    } else {
+        Ok(Path::Plaintext)
+    }
 }
 
 #[cfg(test)]
@@ -81,7 +89,12 @@ mod tests {
     #[test]
     fn another_node_is_reached_through_a_tunnel_to_the_identity_of_its_pod() {
         let server = pod("server", "b", PERMISSIVE);
-        let way = path(&pod("client", "a", STRICT), Some(&server), false, &MeshConfig::default());
+        let way = path(
+            &pod("client", "a", STRICT),
+            Some(&server),
+            false,
+            &MeshConfig::default(),
+        );
         assert_eq!(way, Ok(Path::Tunnel(server.identity)));
     }
 
@@ -89,7 +102,10 @@ mod tests {
     fn the_same_node_needs_no_tunnel_unless_the_mesh_encrypts_there_too() {
         let (client, server) = (pod("client", "a", STRICT), pod("server", "a", STRICT));
         let mut config = MeshConfig::default();
-        assert_eq!(path(&client, Some(&server), true, &config), Ok(Path::SameNode));
+        assert_eq!(
+            path(&client, Some(&server), true, &config),
+            Ok(Path::SameNode)
+        );
         config.encrypt_same_node = true;
         let tunnel = Ok(Path::Tunnel(server.identity.clone()));
         assert_eq!(path(&client, Some(&server), true, &config), tunnel);
@@ -98,8 +114,14 @@ mod tests {
     #[test]
     fn a_pod_reaches_itself_without_a_tunnel() {
         let client = pod("client", "a", STRICT);
-        let config = MeshConfig { encrypt_same_node: true, ..MeshConfig::default() };
-        assert_eq!(path(&client, Some(&client), true, &config), Ok(Path::SameNode));
+        let config = MeshConfig {
+            encrypt_same_node: true,
+            ..MeshConfig::default()
+        };
+        assert_eq!(
+            path(&client, Some(&client), true, &config),
+            Ok(Path::SameNode)
+        );
     }
 
     #[test]
@@ -109,7 +131,10 @@ mod tests {
         let outside = pod("server", "b", Membership::Outside);
         let refused = pod("server", "b", Membership::Refused("host network".into()));
         for server in [Some(&outside), Some(&refused), None] {
-            assert_eq!(path(&client, server, false, &config), Err(NoPath::PlaintextRefused));
+            assert_eq!(
+                path(&client, server, false, &config),
+                Err(NoPath::PlaintextRefused)
+            );
         }
     }
 
@@ -128,6 +153,9 @@ mod tests {
         let way = |client, server| path(&pod("client", "a", client), Some(server), false, &config);
         assert_eq!(way(PERMISSIVE, &server), Ok(Path::Plaintext));
         assert_eq!(way(STRICT, &server), Err(NoPath::NotEnrolled));
-        assert_eq!(way(PERMISSIVE, &pod("server", "a", STRICT)), Err(NoPath::NotEnrolled));
+        assert_eq!(
+            way(PERMISSIVE, &pod("server", "a", STRICT)),
+            Err(NoPath::NotEnrolled)
+        );
     }
 }

@@ -18,9 +18,10 @@ pub(super) struct Target {
 /// kernel learns of a removal a moment after the snapshot.
 pub(super) fn target(snapshot: &Snapshot, destination: SocketAddr) -> Option<Target> {
     match snapshot.resolve(destination) {
-        Destination::Service { service, port } => {
-            Some(Target { service: Some(service.name.clone()), endpoints: port.endpoints })
-        }
+        Destination::Service { service, port } => Some(Target {
+            service: Some(service.name.clone()),
+            endpoints: port.endpoints,
+        }),
         Destination::Workload(workload) => Some(Target {
             service: None,
             // Whoever dials a pod's address means that pod, ready or not.

@@ -36,7 +36,10 @@ pub enum Peer {
 
 impl<'a> From<&'a ByteCount> for Counts<'a> {
     fn from(bytes: &'a ByteCount) -> Self {
-        Self { to_upstream: &bytes.received, to_downstream: &bytes.sent }
+        Self {
+            to_upstream: &bytes.received,
+            to_downstream: &bytes.sent,
+        }
     }
 }
 
@@ -45,7 +48,9 @@ impl From<Ended> for End {
         match ended {
             Ended::InOrder => Self::Complete,
             Ended::Reset(Peer::Downstream) => Self::Reset { by: Side::Source },
-            Ended::Reset(Peer::Upstream) => Self::Reset { by: Side::Destination },
+            Ended::Reset(Peer::Upstream) => Self::Reset {
+                by: Side::Destination,
+            },
             Ended::Stopped => Self::Failed(FailureReason::Drained),
         }
     }
@@ -82,8 +87,15 @@ pub async fn relay_tcp(
         let there = splice::pump(&downstream, &upstream, counts.to_upstream);
         let back = splice::pump(&upstream, &downstream, counts.to_downstream);
         let both = half::join(
-            async { there.await.map_err(|end| end.between(Peer::Downstream, Peer::Upstream)) },
-            async { back.await.map_err(|end| end.between(Peer::Upstream, Peer::Downstream)) },
+            async {
+                there
+                    .await
+                    .map_err(|end| end.between(Peer::Downstream, Peer::Upstream))
+            },
+            async {
+                back.await
+                    .map_err(|end| end.between(Peer::Upstream, Peer::Downstream))
+            },
             async {
                 failed(&downstream).await;
                 Peer::Downstream

@@ -72,7 +72,9 @@ pub(super) async fn pump(
 
 /// Passes the end of a direction on.
 pub(super) fn end(sink: &TcpStream) -> Result<(), Broken> {
-    socket2::SockRef::from(sink).shutdown(Shutdown::Write).map_err(|_| Broken::Sink)
+    socket2::SockRef::from(sink)
+        .shutdown(Shutdown::Write)
+        .map_err(|_| Broken::Sink)
 }
 
 #[derive(PartialEq, Eq)]

@@ -33,12 +33,20 @@ async fn relayed() -> Relayed {
         let stop = stop.clone();
         async move {
             let (sent, received) = (AtomicU64::new(0), AtomicU64::new(0));
-            let counts = Counts { to_upstream: &sent, to_downstream: &received };
+            let counts = Counts {
+                to_upstream: &sent,
+                to_downstream: &received,
+            };
             let ended = relay_tcp(downstream, upstream, counts, &stop).await;
             (ended, sent.into_inner(), received.into_inner())
         }
     });
-    Relayed { client, server, relay, stop }
+    Relayed {
+        client,
+        server,
+        relay,
+        stop,
+    }
 }
 
 fn is_reset(result: std::io::Result<usize>) -> bool {
@@ -47,7 +55,12 @@ fn is_reset(result: std::io::Result<usize>) -> bool {
 
 #[tokio::test]
 async fn bytes_arrive_unchanged_both_ways_at_once() {
-    let Relayed { client, server, relay, .. } = relayed().await;
+    let Relayed {
+        client,
+        server,
+        relay,
+        ..
+    } = relayed().await;
     let payload: Vec<u8> = (0..3_000_017u32).map(|n| (n % 251) as u8).collect();
     let exchange = |stream: TcpStream, payload: Vec<u8>| async move {
         let (mut read, mut write) = stream.into_split();
@@ -61,8 +74,10 @@ async fn bytes_arrive_unchanged_both_ways_at_once() {
         received
     };
     let reversed: Vec<u8> = payload.iter().rev().copied().collect();
-    let (at_client, at_server) =
-        tokio::join!(exchange(client, payload.clone()), exchange(server, reversed.clone()));
+    let (at_client, at_server) = tokio::join!(
+        exchange(client, payload.clone()),
+        exchange(server, reversed.clone())
+    );
     assert!(at_client == reversed && at_server == payload);
     let bytes = payload.len() as u64;
     assert_eq!(relay.await.unwrap(), (Ended::InOrder, bytes, bytes));
@@ -70,7 +85,12 @@ async fn bytes_arrive_unchanged_both_ways_at_once() {
 
 #[tokio::test]
 async fn a_half_closed_connection_still_carries_the_answer() {
-    let Relayed { mut client, mut server, relay, .. } = relayed().await;
+    let Relayed {
+        mut client,
+        mut server,
+        relay,
+        ..
+    } = relayed().await;
     client.write_all(b"question").await.unwrap();
     client.shutdown().await.unwrap();
     let mut question = Vec::new();
@@ -86,7 +106,12 @@ async fn a_half_closed_connection_still_carries_the_answer() {
 
 #[tokio::test]
 async fn a_reset_by_the_server_is_a_reset_at_the_client() {
-    let Relayed { mut client, server, relay, .. } = relayed().await;
+    let Relayed {
+        mut client,
+        server,
+        relay,
+        ..
+    } = relayed().await;
     abort_on_close(&server).unwrap();
     drop(server);
     assert!(is_reset(client.read(&mut [0; 1]).await));
@@ -95,7 +120,12 @@ async fn a_reset_by_the_server_is_a_reset_at_the_client() {
 
 #[tokio::test]
 async fn bytes_sent_before_a_reset_still_arrive() {
-    let Relayed { mut client, mut server, relay, .. } = relayed().await;
+    let Relayed {
+        mut client,
+        mut server,
+        relay,
+        ..
+    } = relayed().await;
     server.write_all(b"last words").await.unwrap();
     let mut words = [0; 10];
     client.read_exact(&mut words).await.unwrap();
@@ -108,7 +138,12 @@ async fn bytes_sent_before_a_reset_still_arrive() {
 
 #[tokio::test]
 async fn a_client_that_dies_after_its_half_close_is_noticed_while_the_server_is_silent() {
-    let Relayed { mut client, mut server, relay, .. } = relayed().await;
+    let Relayed {
+        mut client,
+        mut server,
+        relay,
+        ..
+    } = relayed().await;
     client.shutdown().await.unwrap();
     assert_eq!(server.read(&mut [0; 1]).await.unwrap(), 0);
     abort_on_close(&client).unwrap();
@@ -119,7 +154,12 @@ async fn a_client_that_dies_after_its_half_close_is_noticed_while_the_server_is_
 
 #[tokio::test]
 async fn stopping_resets_both_ends() {
-    let Relayed { mut client, mut server, relay, stop } = relayed().await;
+    let Relayed {
+        mut client,
+        mut server,
+        relay,
+        stop,
+    } = relayed().await;
     client.write_all(b"x").await.unwrap();
     server.read_exact(&mut [0; 1]).await.unwrap();
     stop.cancel();
@@ -130,7 +170,12 @@ async fn stopping_resets_both_ends() {
 
 #[tokio::test]
 async fn dropping_the_relay_resets_both_ends() {
-    let Relayed { mut client, mut server, relay, .. } = relayed().await;
+    let Relayed {
+        mut client,
+        mut server,
+        relay,
+        ..
+    } = relayed().await;
     client.write_all(b"x").await.unwrap();
     server.read_exact(&mut [0; 1]).await.unwrap();
     relay.abort();

@@ -58,9 +58,20 @@ pub async fn relay_tunnel(
             splice::end(&socket)
         };
         let both = half::join(
-            async { into_tunnel.await.map_err(|broken: Broken| broken.between(plain, far)) },
-            async { out_of_tunnel.await.map_err(|broken: Broken| broken.between(far, plain)) },
-            async { failed(&socket).await; plain },
+            async {
+                into_tunnel
+                    .await
+                    .map_err(|broken: Broken| broken.between(plain, far))
+            },
+            async {
+                out_of_tunnel
+                    .await
+                    .map_err(|broken: Broken| broken.between(far, plain))
+            },
+            async {
+                failed(&socket).await;
+                plain
+            },
             std::future::pending(),
         );
         tokio::select! {
