@@ -3,6 +3,7 @@
 //! Nothing here does I/O. Discovery builds snapshots, everything else reads them through
 //! [`SharedSnapshot`]; a connection reads one snapshot from its start to its end.
 
+mod authorize;
 mod claims;
 mod config;
 mod node;
@@ -12,6 +13,7 @@ mod spiffe;
 mod targets;
 mod workload;
 
+pub use authorize::{Denied, authorize};
 pub use config::{MeshConfig, Mode, ModeError};
 pub use node::Node;
 pub use service::{Endpoint, Service, ServicePort};
