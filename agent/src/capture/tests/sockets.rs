@@ -161,50 +161,80 @@ async fn an_app_that_refuses_a_delivery_is_seen_to_refuse_it_at_once() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_delivery_goes_round_a_real_connection_that_nobody_told_it_of() {
+async fn a_delivery_goes_round_real_connections_that_nobody_told_it_of() {
     let world = World::new(2);
-    let running = world.enrolled(Mode::Permissive).await;
     let [client, pod] = &world.pods[..] else {
         panic!("two pods");
     };
-    let client_pod = running.capture.enrolled(&client.uid()).unwrap();
-    let pod_enrolled = running.capture.enrolled(&pod.uid()).unwrap();
+    // A delivery would have one of three ports; the client's real connections have two of them.
+    for (pod, ports) in [(pod, "1024 65532"), (client, "65534 65535")] {
+        pod.namespace.run(move || {
+            std::fs::write("/proc/sys/net/ipv4/ip_local_port_range", ports).unwrap();
+        });
+    }
+    let running = world.enrolled(Mode::Permissive).await;
+    let from = running.capture.enrolled(&client.uid()).unwrap();
+    let enrolled = running.capture.enrolled(&pod.uid()).unwrap();
     let destination = pod.v4(8080);
-    let listener = pod
+    let app = pod
         .namespace
         .run(move || TcpListener::bind(destination).unwrap());
-    // Real connections, admitted past the agent, with all ports that a delivery would prefer but
-    // for the last few: they are bound in the client, so that their ports are the choice's.
-    let taken = client.namespace.run(move || {
-        (61_000..=65_535_u16)
-            .filter_map(|port| {
-                let socket =
-                    socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None)
-                        .ok()?;
-                let own: SocketAddr = ([10, 244, 0, 5], port).into();
-                socket.bind(&own.into()).ok()?;
-                Some(port)
+    let mut real = Vec::new();
+    for _ in 0..2 {
+        let stream = from.connect(Dial::Admitted(destination)).await.unwrap();
+        real.push((stream, app.accept().unwrap()));
+    }
+    // In three deliveries each port has its turn.
+    for _ in 0..3 {
+        let stream = enrolled
+            .connect(Dial::Deliver {
+                source: client.v4(40_000),
+                destination,
             })
-            .count()
-    });
-    assert!(taken > 4_000);
-    // One real connection from a port out of that range.
-    let real = client_pod
-        .connect(Dial::Admitted(destination))
-        .await
+            .await
+            .unwrap();
+        let (_, seen) = app.accept().unwrap();
+        assert_eq!(seen, client.v4(65_533));
+        drop(stream);
+    }
+    let unanswered = running
+        .capture
+        .counters()
+        .into_iter()
+        .find(|(name, _)| *name == "delivery_unanswered")
         .unwrap();
-    let (_real_app, _) = listener.accept().unwrap();
-    let stream = pod_enrolled
-        .connect(Dial::Deliver {
-            source: real.local_addr().unwrap(),
-            destination,
+    assert!(unanswered.1 >= 2, "{unanswered:?}");
+    // The real ones were not harmed.
+    for (stream, (mut at_app, _)) in real {
+        let conversation = tokio::spawn(converse(stream));
+        let mut text = String::new();
+        at_app.read_to_string(&mut text).unwrap();
+        at_app.write_all(b"welcome").unwrap();
+        drop(at_app);
+        assert_eq!(conversation.await.unwrap(), "welcome");
+        assert_eq!(text, "hello");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_pod_that_connects_to_the_probes_destination_gets_nothing_and_stays_in_the_mesh() {
+    let world = World::new(1);
+    let mut running = world.enrolled(Mode::Permissive).await;
+    let pod = &world.pods[0];
+    for _ in 0..100 {
+        let to: SocketAddr = "192.0.2.1:15009".parse().unwrap();
+        let result = joined(client(pod, to)).await;
+        assert!(result.is_err(), "{result:?}");
+    }
+    let proven = |running: &super::world::Running| running.status(pod).unwrap().proof.unwrap().at;
+    let before = proven(&running);
+    running
+        .until("it is proven again", || {
+            (proven(&running) > before).then_some(())
         })
-        .await
-        .unwrap();
-    let (_, seen) = listener.accept().unwrap();
-    assert_eq!(seen.ip(), client.v4);
-    assert_ne!(seen.port(), real.local_addr().unwrap().port());
-    drop(stream);
+        .await;
+    assert!(running.accepted.try_recv().is_err());
+    assert_eq!(running.status(pod).unwrap().failures, 0);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -287,6 +287,7 @@ impl World {
         ));
         self.fabric
             .ip(&format!("link set port{number} master br0 up"));
+        namespace.ip("link set eth0 addrgenmode none");
         namespace.ip(&format!("addr add 10.244.0.{host}/24 dev eth0"));
         namespace.ip(&format!("-6 addr add fd00::{host}/64 dev eth0 nodad"));
         namespace.ip("link set eth0 up");
