@@ -166,13 +166,15 @@ async fn a_delivery_goes_round_real_connections_that_nobody_told_it_of() {
     let [client, pod] = &world.pods[..] else {
         panic!("two pods");
     };
-    // A delivery would have one of three ports; the client's real connections have two of them.
-    for (pod, ports) in [(pod, "1024 65532"), (client, "65534 65535")] {
+    // A delivery has one of three ports; the client's real connections get two of them.
+    let give_away = |pod: &Pod, ports: &'static str| {
         pod.namespace.run(move || {
             std::fs::write("/proc/sys/net/ipv4/ip_local_port_range", ports).unwrap();
         });
-    }
+    };
+    give_away(pod, "1024 65532");
     let running = world.enrolled(Mode::Permissive).await;
+    give_away(client, "65534 65535");
     let from = running.capture.enrolled(&client.uid()).unwrap();
     let enrolled = running.capture.enrolled(&pod.uid()).unwrap();
     let destination = pod.v4(8080);
