@@ -68,6 +68,14 @@ impl Address {
         self.words[2] == 0 && self.words[3] == 1_u32.to_be()
     }
 
+    /// Whether it is `0.0.0.0` or `::`: that of a socket that is not bound.
+    #[inline(always)]
+    #[must_use]
+    pub const fn is_unspecified(&self) -> bool {
+        let [a, b, c, d] = self.words;
+        (a | b | d) == 0 && (c == 0 || c == MAPPED)
+    }
+
     /// Equality without a call: the derived one may become `bcmp`, which eBPF does not have.
     #[inline(always)]
     #[must_use]
@@ -163,6 +171,15 @@ mod tests {
             "fe80::1",
         ] {
             assert!(!address(text).is_loopback(), "{text}");
+        }
+    }
+
+    #[test]
+    fn an_unbound_socket_has_an_unspecified_address_of_either_family() {
+        assert!(Address::from_v4(0).is_unspecified());
+        assert!(Address::NONE.is_unspecified());
+        for text in ["0.0.0.1", "::1", "fd00::", "127.0.0.1"] {
+            assert!(!address(text).is_unspecified(), "{text}");
         }
     }
 

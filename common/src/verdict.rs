@@ -31,6 +31,10 @@ verdicts! {
     ConnectNative = "connect_native",
     /// connect: one of the pod's own addresses or loopback; native.
     ConnectOwnAddress = "connect_own_address",
+    /// connect: from an address that is not the pod's to one that is; ECONNREFUSED. `sk_lookup`
+    /// cannot see that one: packets to an own address show the address's interface, not lo, unless
+    /// the socket is bound to lo.
+    ConnectForeignSourceRefused = "connect_foreign_source_refused",
     /// connect: one of the agent's sockets; native.
     ConnectOwnSocket = "connect_own_socket",
     /// connect: the pod has no address of the destination's family; native.

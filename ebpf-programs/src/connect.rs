@@ -2,6 +2,7 @@
 
 use aya_ebpf::{
     EbpfContext as _,
+    bindings::bpf_sock,
     helpers::{bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_set_retval},
     macros::cgroup_sock_addr,
     programs::SockAddrContext,
@@ -25,7 +26,10 @@ const ECONNREFUSED: i32 = 111;
 pub fn undermesh_connect4(ctx: SockAddrContext) -> i32 {
     // SAFETY: the kernel's context, valid while the program runs.
     let address = unsafe { (&raw const (*ctx.sock_addr).user_ip4).read_volatile() };
-    connect(&ctx, Address::from_v4(address))
+    connect(&ctx, Address::from_v4(address), |sk| {
+        // SAFETY: the hook's own socket, checked not to be null.
+        Address::from_v4(unsafe { (&raw const (*sk).src_ip4).read_volatile() })
+    })
 }
 
 /// IPv6 sockets, also towards v4-mapped addresses: their packets are IPv4.
@@ -33,11 +37,19 @@ pub fn undermesh_connect4(ctx: SockAddrContext) -> i32 {
 pub fn undermesh_connect6(ctx: SockAddrContext) -> i32 {
     // SAFETY: the kernel's context, valid while the program runs.
     let address = unsafe { context::words(&raw const (*ctx.sock_addr).user_ip6) };
-    connect(&ctx, Address::from_v6(address))
+    connect(&ctx, Address::from_v6(address), |sk| {
+        // SAFETY: the hook's own socket, checked not to be null.
+        Address::from_v6(unsafe { context::words(&raw const (*sk).src_ip6) })
+    })
 }
 
+/// `source` reads the address that a socket is bound to.
 #[inline(always)]
-fn connect(ctx: &SockAddrContext, destination: Address) -> i32 {
+fn connect(
+    ctx: &SockAddrContext,
+    destination: Address,
+    source: impl FnOnce(*mut bpf_sock) -> Address,
+) -> i32 {
     // SAFETY: the kernel's context, valid while the program runs.
     let protocol = unsafe { (&raw const (*ctx.sock_addr).protocol).read_volatile() };
     if protocol != IPPROTO_TCP {
@@ -49,7 +61,7 @@ fn connect(ctx: &SockAddrContext, destination: Address) -> i32 {
     let Some(pod) = (unsafe { PODS.get(netns_cookie) }) else {
         return ALLOW;
     };
-    let verdict = match decide(ctx, netns_cookie, pod, &destination) {
+    let verdict = match decide(ctx, netns_cookie, pod, &destination, source) {
         // The agent sets marks of its own on its sockets: leave them.
         Verdict::ConnectOwnSocket => {
             count(Verdict::ConnectOwnSocket);
@@ -63,7 +75,9 @@ fn connect(ctx: &SockAddrContext, destination: Address) -> i32 {
     };
     count(verdict);
     match verdict {
-        Verdict::ConnectAgentGoneRefused | Verdict::ConnectMarkFailedRefused => {
+        Verdict::ConnectAgentGoneRefused
+        | Verdict::ConnectForeignSourceRefused
+        | Verdict::ConnectMarkFailedRefused => {
             // SAFETY: sets what connect(2) returns.
             unsafe { bpf_set_retval(-ECONNREFUSED) };
             DENY
@@ -73,14 +87,30 @@ fn connect(ctx: &SockAddrContext, destination: Address) -> i32 {
 }
 
 #[inline(always)]
-fn decide(ctx: &SockAddrContext, netns_cookie: u64, pod: &Pod, destination: &Address) -> Verdict {
+fn decide(
+    ctx: &SockAddrContext,
+    netns_cookie: u64,
+    pod: &Pod,
+    destination: &Address,
+    source: impl FnOnce(*mut bpf_sock) -> Address,
+) -> Verdict {
     // SAFETY: the helper takes this hook's context.
     let socket_cookie = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
     if intent(socket_cookie).is_some() {
         return Verdict::ConnectOwnSocket;
     }
     if pod.owns(destination) {
-        return Verdict::ConnectOwnAddress;
+        // SAFETY: the kernel's context, valid while the program runs.
+        let sk = unsafe { (*ctx.sock_addr).__bindgen_anon_1.sk };
+        if sk.is_null() {
+            return Verdict::ConnectOwnAddress;
+        }
+        let source = source(sk);
+        return if source.is_unspecified() || pod.owns(&source) || source.is(destination) {
+            Verdict::ConnectOwnAddress
+        } else {
+            Verdict::ConnectForeignSourceRefused
+        };
     }
     if !is_mesh(ctx, destination) {
         return Verdict::ConnectNative;
