@@ -55,6 +55,19 @@ pub const LAYOUT: u64 = {
     hash
 };
 
+/// What the object of the kernel programs bears in a section of its own, by which a build of the
+/// agent sees whether it fits.
+pub const LAYOUT_TAG: [u8; 24] = {
+    let mut tag = *b"undermesh layout........";
+    let hash = LAYOUT.to_le_bytes();
+    let mut index = 0;
+    while index < hash.len() {
+        tag[16 + index] = hash[index];
+        index += 1;
+    }
+    tag
+};
+
 /// FNV-1a, 64 bits.
 const FNV_OFFSET: u64 = 0xcbf2_9ce4_8422_2325;
 
@@ -80,6 +93,12 @@ mod tests {
         assert_eq!(size_of::<Admission>(), 8 + 8 + 4 + 4);
         assert_eq!(size_of::<Pod>(), 16 + 16 + 4 + 4);
         assert_eq!(size_of::<PodConstants>(), 8 + 40);
+    }
+
+    #[test]
+    fn the_tag_ends_with_the_hash() {
+        assert!(LAYOUT_TAG.starts_with(b"undermesh layout"));
+        assert!(LAYOUT_TAG.ends_with(&LAYOUT.to_le_bytes()));
     }
 
     #[test]

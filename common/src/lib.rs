@@ -14,7 +14,7 @@ mod verdict;
 
 pub use address::{Address, Family};
 pub use keys::{Admission, ListenerKey, ListenerKind, Scope, Target, Tuple};
-pub use layout::{LAYOUT, bounds};
+pub use layout::{LAYOUT, LAYOUT_TAG, bounds};
 pub use lookup::{Arrival, Route};
 pub use pod::{Intent, Mode, Pod, PodConstants};
 pub use verdict::Verdict;
