@@ -12,7 +12,9 @@ use undermesh::capture::kernel::{
 };
 use undermesh::mesh::Mode;
 
-use crate::fixture::{Fixture, PEER_V4, SERVICE_V4, accept, capture, counters, is_idle, target};
+use crate::fixture::{
+    Fixture, PEER_V4, SERVICE_V4, accept, capture, counters, is_idle, target, wait_until,
+};
 
 #[test]
 fn a_second_load_adopts_links_and_maps_and_loses_nothing() {
@@ -123,11 +125,7 @@ fn a_lookup_instance_of_a_deleted_namespace_says_so() {
     let cookie = fixture.netns_cookie;
     let (pod, peer, pins, cgroup) = (fixture.pod, fixture.peer, fixture.pins, fixture.cgroup);
     drop(pod);
-    let deadline = std::time::Instant::now() + crate::fixture::LIMIT;
-    while kernel.lookup_attached(cookie) {
-        assert!(std::time::Instant::now() < deadline);
-        thread::sleep(std::time::Duration::from_millis(1));
-    }
+    wait_until("the namespace is gone", || !kernel.lookup_attached(cookie));
     let status = kernel.status();
     let lookup = status.programs.last().unwrap();
     assert_eq!(lookup.attached, AttachPoint::Detached);
