@@ -9,7 +9,7 @@
 //!     .pod(PodSpec::new("client").on(Side::A))
 //!     .pod(PodSpec::new("server").on(Side::B))
 //!     .start()?;
-//! let server = lab.pod("server")?.serve("--echo 7000")?;
+//! let server = lab.pod("server")?.serve(ServeOptions::new().echo(7000))?;
 //! let to = lab.pod("server")?.v4(7000);
 //! let report = lab.pod("client")?.traffic(&ClientOptions::echo(to).connections(100))?;
 //! assert_eq!(report.ok, server.report()?.accepted);
@@ -26,6 +26,7 @@ pub mod http;
 pub mod interrupt;
 pub mod machine;
 pub mod manifests;
+pub mod metrics;
 pub mod netns;
 pub mod process;
 pub mod traffic;

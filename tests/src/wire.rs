@@ -26,14 +26,14 @@ pub struct Capture {
 }
 
 /// What a capture held.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Packets {
     /// Packets.
     pub packets: u64,
     /// Their bytes.
     pub bytes: u64,
-    /// Packets with the marker in them.
-    pub marker_hits: u64,
+    /// Packets with a marker in them, for each marker that was asked for.
+    pub marker_hits: Vec<u64>,
     /// Packets that the kernel could not give to tcpdump in time.
     pub dropped: u64,
 }
@@ -74,12 +74,12 @@ impl Capture {
         &self.file
     }
 
-    /// Ends the capture and looks for `marker` in every packet.
-    pub fn stop(mut self, marker: &str) -> Result<Packets> {
+    /// Ends the capture and looks for `markers` in every packet.
+    pub fn stop(mut self, markers: &[&str]) -> Result<Packets> {
         self.catch_up();
         // SIGINT makes tcpdump write what it holds, and say what it lost.
         self.process.stop(Signal::SIGINT, START)?;
-        let mut packets = search(&self.file, marker.as_bytes())?;
+        let mut packets = search(&self.file, markers)?;
         packets.dropped =
             dropped(&self.process.output()).context("tcpdump said not what it lost")?;
         Ok(packets)
@@ -109,8 +109,9 @@ fn dropped(output: &str) -> Option<u64> {
 }
 
 /// pcap-savefile(5), as written on this machine: a header of 24 bytes, then records of 16 bytes and a packet.
-fn search(file: &Path, marker: &[u8]) -> Result<Packets> {
-    ensure!(!marker.is_empty(), "an empty marker is everywhere");
+fn search(file: &Path, markers: &[&str]) -> Result<Packets> {
+    let empty = markers.iter().any(|marker| marker.is_empty());
+    ensure!(!empty, "an empty marker is everywhere");
     let mut reader = BufReader::with_capacity(
         1 << 20,
         File::open(file).with_context(|| file.display().to_string())?,
@@ -121,8 +122,11 @@ fn search(file: &Path, marker: &[u8]) -> Result<Packets> {
     if !matches!(magic, 0xa1b2_c3d4 | 0xa1b2_3c4d) {
         bail!("{}: no pcap file", file.display());
     }
-    let finder = memmem::Finder::new(marker);
-    let mut found = Packets::default();
+    let finders: Vec<_> = markers.iter().map(memmem::Finder::new).collect();
+    let mut found = Packets {
+        marker_hits: vec![0; markers.len()],
+        ..Packets::default()
+    };
     let mut packet = Vec::new();
     loop {
         let mut record = [0; 16];
@@ -137,7 +141,9 @@ fn search(file: &Path, marker: &[u8]) -> Result<Packets> {
         reader.read_exact(&mut packet)?;
         found.packets += 1;
         found.bytes += u64::from(length);
-        found.marker_hits += u64::from(finder.find(&packet).is_some());
+        for (hits, finder) in found.marker_hits.iter_mut().zip(&finders) {
+            *hits += u64::from(finder.find(&packet).is_some());
+        }
     }
 }
 
@@ -156,9 +162,10 @@ mod tests {
         }
         let file = std::env::temp_dir().join(format!("lab-{}.pcap", std::process::id()));
         std::fs::write(&file, bytes).unwrap();
-        let found = search(&file, b"needle").unwrap();
+        let found = search(&file, &["needle", "hay"]).unwrap();
         std::fs::remove_file(&file).unwrap();
-        assert_eq!((found.packets, found.bytes, found.marker_hits), (4, 31, 1));
+        assert_eq!((found.packets, found.bytes), (4, 29));
+        assert_eq!(found.marker_hits, [1, 0]);
         assert_eq!(
             dropped("3 packets captured\n7 packets dropped by kernel\n"),
             Some(7)

@@ -29,7 +29,9 @@ pub struct Authority {
 }
 
 impl Authority {
-    pub(super) fn of(state: &LabState) -> Self {
+    /// The CA of a lab that is up.
+    #[must_use]
+    pub fn of(state: &LabState) -> Self {
         Self {
             place: Place {
                 netns: Netns::at(&state.dir.join("netns/control")),

@@ -323,7 +323,7 @@ impl LabBuilder {
         self
     }
 
-    /// Without CA and agents: plain pods.
+    /// Without CA and agents: plain pods, until [`Lab::start_mesh`].
     #[must_use]
     pub fn without_agents(mut self) -> Self {
         self.agents = false;

@@ -40,6 +40,7 @@ pub struct Lab {
     inner: Mutex<Inner>,
     agent_arguments: Vec<String>,
     environment: Vec<(String, String)>,
+    certificate_lifetime: Option<String>,
     ownership: Ownership,
     keep: bool,
 }
@@ -95,6 +96,7 @@ impl Lab {
             }),
             agent_arguments: builder.agent_arguments,
             environment: builder.environment,
+            certificate_lifetime: builder.certificate_lifetime,
             ownership,
             keep: false,
         };
@@ -102,8 +104,7 @@ impl Lab {
         lab.lock().lay_nodes()?;
         let pods = lab.lock().add(builder.documents)?;
         if builder.agents {
-            let lifetime = builder.certificate_lifetime.as_deref();
-            lab.start_mesh(lifetime)?;
+            lab.start_mesh()?;
         }
         lab.run_commands(&pods)?;
         Ok(lab)
@@ -121,14 +122,12 @@ impl Lab {
 
     /// A pod, by its name or `namespace/name`.
     pub fn pod(&self, name: &str) -> Result<PodHandle> {
-        let inner = self.lock();
-        let record = inner.state.pod(name)?.clone();
-        Ok(PodHandle::new(record, inner.state.binaries.clone()))
+        PodHandle::open(&self.lock().state, name)
     }
 
     /// A node.
     pub fn node(&self, side: Side) -> Result<NodeHandle> {
-        NodeHandle::new(&self.lock().state, side.node())
+        NodeHandle::open(&self.lock().state, side.node())
     }
 
     /// The CA.
@@ -230,7 +229,9 @@ impl Lab {
         state::take_down(id)
     }
 
-    fn start_mesh(&self, lifetime: Option<&str>) -> Result<()> {
+    /// Starts the CA and both agents, and waits until they are ready: for a lab that was built without.
+    pub fn start_mesh(&self) -> Result<()> {
+        let lifetime = self.certificate_lifetime.as_deref();
         let state = self.state();
         for file in [&state.binaries.agent, &state.binaries.traffic] {
             ensure!(file.exists(), "{} is not built", file.display());

@@ -30,7 +30,8 @@ pub struct NodeHandle {
 }
 
 impl NodeHandle {
-    pub(super) fn new(state: &LabState, name: &str) -> Result<Self> {
+    /// The node of that name in a lab that is up.
+    pub fn open(state: &LabState, name: &str) -> Result<Self> {
         Ok(Self {
             record: state.node(name)?.clone(),
             state: state.clone(),

@@ -182,7 +182,7 @@ impl Plan {
         // Never the same again for a pod of the same name.
         metadata
             .entry("uid")
-            .or_insert_with(|| format!("{}-{index}", pod.key()).into());
+            .or_insert_with(|| format!("{}-{}-{index}", pod.key(), pod.node).into());
         let annotations = object(&mut document, &["metadata", "annotations"])?;
         annotations.insert("undermesh.io/netns".into(), path(&pod.netns));
         annotations.insert("undermesh.io/cgroup".into(), path(&pod.cgroup));

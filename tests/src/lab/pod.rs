@@ -9,7 +9,7 @@ use anyhow::{Context, Result, bail};
 use nix::sys::signal::Signal;
 use serde::de::DeserializeOwned;
 
-use super::state::{Binaries, PodRecord};
+use super::state::{Binaries, LabState, PodRecord};
 use crate::cgroup::Cgroup;
 use crate::netns::Netns;
 use crate::process::{Place, Process, tail};
@@ -26,6 +26,11 @@ pub struct PodHandle {
 }
 
 impl PodHandle {
+    /// The pod of that name, or `namespace/name`, in a lab that is up.
+    pub fn open(state: &LabState, name: &str) -> Result<Self> {
+        Ok(Self::new(state.pod(name)?.clone(), state.binaries.clone()))
+    }
+
     pub(super) fn new(record: PodRecord, binaries: Binaries) -> Self {
         Self { record, binaries }
     }

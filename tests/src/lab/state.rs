@@ -128,6 +128,18 @@ impl PodRecord {
         format!("{}.{}", self.namespace, self.name)
     }
 
+    /// Its SPIFFE id, if it is to be in the mesh.
+    #[must_use]
+    pub fn identity(&self, trust_domain: &str) -> Option<String> {
+        let Self {
+            namespace,
+            service_account,
+            ..
+        } = self;
+        self.meshed()
+            .then(|| format!("spiffe://{trust_domain}/ns/{namespace}/sa/{service_account}"))
+    }
+
     /// Whether it is to be in the mesh.
     #[must_use]
     pub fn meshed(&self) -> bool {
