@@ -10,6 +10,7 @@ use std::time::Duration;
 use parking_lot::Mutex;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio::time::timeout;
+use tracing::Instrument;
 
 use super::client::{ConnectFailure, Fitness, Place, Tunnel, establish};
 use super::error::{Stage, TunnelError};
@@ -404,16 +405,17 @@ impl Pool {
         };
         let place = lead.land(&established.tunnel)?;
         count(&self.counters.established);
-        let pool = Arc::downgrade(self);
-        let key = lead.key.clone();
-        let idle = self.options.idle;
-        let bounds = bounds.clone();
-        tokio::spawn(async move {
+        let (pool, key) = (Arc::downgrade(self), lead.key.clone());
+        let (idle, bounds) = (self.options.idle, bounds.clone());
+        let span = tracing::debug_span!("tunnel", id = lead.id, netns_cookie = key.netns_cookie,
+            source = %key.source, %address, peer = %established.tunnel.peer);
+        let driven = async move {
             let id = established.tunnel.id;
             established.drive(idle, bounds).await;
             forget(&pool, &key, id);
             drop(permit);
-        });
+        };
+        tokio::spawn(driven.instrument(span));
         Ok(place)
     }
 }

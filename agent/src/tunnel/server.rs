@@ -84,9 +84,10 @@ pub async fn serve(
     service: Arc<dyn TunnelService>,
     drain: CancellationToken,
 ) -> Result<(), TunnelError> {
-    let peer_address = stream
-        .peer_addr()
-        .map_err(|error| TunnelError::tls(local, error))?;
+    let peer_address = stream.peer_addr().map_err(|error| TunnelError::Broken {
+        address: local,
+        reset: StreamReset::local(&error.to_string()),
+    })?;
     let side = Side {
         local,
         peer_address,

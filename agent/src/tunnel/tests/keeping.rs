@@ -14,7 +14,7 @@ async fn connections_one_after_the_other_share_a_tunnel() {
     assert_eq!(client.counter("reused"), 9);
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn connections_at_once_share_one_handshake() {
     let mesh = Mesh::new();
     let pod = Pod::new(&mesh, echo());
@@ -258,7 +258,7 @@ async fn a_rotated_certificate_gets_a_new_tunnel_and_drops_no_connection() {
     ping_pong(&mut after).await;
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn goaway_under_load_loses_no_new_connection() {
     let mesh = Mesh::new();
     let pod = Pod::new(&mesh, echo());

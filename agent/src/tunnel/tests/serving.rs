@@ -357,3 +357,39 @@ async fn a_client_that_keeps_an_idle_tunnel_is_sent_away() {
     let served = tokio::time::timeout(bound, served).await.unwrap();
     assert!(served.unwrap().is_ok());
 }
+
+/// A connection by a raw client, and our server's end of it.
+async fn raw_pair() -> (h2::SendStream<Bytes>, (TunnelSend, TunnelReceive), Arc<Pod>) {
+    let mesh = Mesh::new();
+    let held = Held::default();
+    let pod = Pod::new(&mesh, held.service());
+    let requests = raw(&pod, &mesh.certificate(CLIENT)).await;
+    let mut requests = requests.ready().await.unwrap();
+    let (response, send) = requests.send_request(connect_to(APP), false).unwrap();
+    within(response).await.unwrap();
+    (send, held.take().await, pod)
+}
+
+#[tokio::test]
+async fn a_reset_before_the_end_is_never_an_end_whatever_its_code() {
+    for code in [h2::Reason::NO_ERROR, h2::Reason::CANCEL] {
+        let (mut send, mut far, _pod) = raw_pair().await;
+        send.send_data(Bytes::from_static(b"half"), false).unwrap();
+        assert!(within(far.1.data()).await.unwrap().is_ok());
+        send.send_reset(code);
+        let reset = within(far.1.data()).await.unwrap().unwrap_err();
+        assert_eq!((reset.by, reset.code), (ResetBy::Peer, Some(code.into())));
+    }
+}
+
+#[tokio::test]
+async fn a_reset_after_the_end_takes_nothing_from_what_came_before() {
+    let (mut send, mut far, _pod) = raw_pair().await;
+    send.send_data(Bytes::from_static(b"all"), true).unwrap();
+    // Written before the reset, which would drop it from the queue.
+    let first = within(far.1.data()).await.unwrap().unwrap();
+    assert_eq!(&first[..], b"all");
+    send.send_reset(h2::Reason::NO_ERROR);
+    assert_eq!(within(far.0.broken()).await.by, ResetBy::Peer);
+    assert!(within(far.1.data()).await.is_none());
+}

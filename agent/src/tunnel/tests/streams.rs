@@ -14,7 +14,7 @@ async fn pair() -> (Tunnelled, (TunnelSend, TunnelReceive), (Client, Arc<Pod>)) 
     (near, far, (client, pod))
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn bytes_come_back_unchanged_both_ways_at_once_over_loopback() {
     let mesh = Mesh::new();
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -179,7 +179,7 @@ async fn a_reader_that_does_not_read_holds_a_bounded_number_of_bytes() {
     assert!(within(far.1.data()).await.unwrap().is_ok());
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn stalled_readers_do_not_stop_their_neighbour() {
     let mesh = Mesh::new();
     let held = Held::default();
@@ -222,7 +222,7 @@ async fn stalled_readers_do_not_stop_their_neighbour() {
     drop(stalled);
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn many_connections_through_few_tunnels_keep_their_bytes_apart() {
     let mesh = Mesh::new();
     let pod = Pod::new(&mesh, echo());
