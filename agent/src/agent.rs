@@ -19,7 +19,9 @@ use crate::capture::{
     Accepted, Capture, CaptureError, CaptureOptions, EnrolError, Handler, KernelOptions, Role,
 };
 use crate::discovery::files::{FileSource, FileSourceError, FileSourceOptions};
-use crate::identity::{AuthorityClient, AuthorityClientOptions, Certificates, CertificatesOptions};
+use crate::identity::{
+    AuthorityClient, AuthorityClientOptions, Certificates, CertificatesOptions, ClientError,
+};
 use crate::inbound::Inbound;
 use crate::mesh::{MeshConfig, SharedSnapshot, Snapshot};
 use crate::outbound::Outbound;

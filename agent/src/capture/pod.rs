@@ -92,19 +92,6 @@ pub enum DialError {
     },
 }
 
-impl From<DialError> for io::Error {
-    fn from(error: DialError) -> Self {
-        let kind = match &error {
-            DialError::Refused(_) => io::ErrorKind::ConnectionRefused,
-            DialError::NoSourcePort(_) => io::ErrorKind::AddrNotAvailable,
-            DialError::Gone => io::ErrorKind::NotConnected,
-            DialError::Unreachable { source, .. } | DialError::Io { source, .. } => source.kind(),
-            DialError::Netns(_) | DialError::Kernel(_) => io::ErrorKind::Other,
-        };
-        Self::new(kind, error)
-    }
-}
-
 /// A pod that is in the mesh.
 pub struct EnrolledPod {
     workload: ArcSwap<Workload>,

@@ -13,7 +13,7 @@ use parking_lot::Mutex;
 
 use crate::capture::{Accepted, Capture, EnrolledPod};
 use crate::identity::Certificates;
-use crate::mesh::{SharedSnapshot, Snapshot};
+use crate::mesh::{Endpoint, SharedSnapshot, Snapshot};
 use crate::relay::{self, Peer};
 use crate::telemetry::{
     Connection, ConnectionInfo, Direction, FailureReason, Party, Security, Telemetry,
@@ -90,7 +90,7 @@ impl Outbound {
         let target = target(&snapshot, local);
         let connection = self.open(&pod, peer, local, target.as_ref(), &snapshot);
 
-        let connecting = self.connect(&pod, capture, &snapshot, peer, target, &connection);
+        let connecting = self.connect(&pod, capture, &snapshot, (peer, local), target, &connection);
         let connected = tokio::select! {
             connected = connecting => connected,
             () = pod.gone().cancelled() => Err(Failure::new(FailureReason::PodGone, "the pod left the mesh")),
@@ -122,7 +122,7 @@ impl Outbound {
         pod: &Arc<EnrolledPod>,
         capture: &Capture,
         snapshot: &Snapshot,
-        peer: SocketAddr,
+        (peer, local): (SocketAddr, SocketAddr),
         target: Option<Target>,
         connection: &Connection,
     ) -> Result<Connected, Failure> {
@@ -141,13 +141,19 @@ impl Outbound {
         let mut tried: Vec<SocketAddr> = Vec::with_capacity(ENDPOINTS_TRIED);
         let mut last = None;
         while tried.len() < ENDPOINTS_TRIED {
-            let usable = |endpoint: &crate::mesh::Endpoint| {
+            let usable = |endpoint: &Endpoint| {
                 endpoint.ready
                     && client.has_family(endpoint.address)
                     && !tried.contains(&endpoint.address)
             };
-            let Some(endpoint) = self.loads.pick(&target.endpoints, usable, &mut rand::rng())
-            else {
+            // A dual-stack Service lists every pod twice: once for each family.
+            let same_family = |endpoint: &Endpoint| {
+                endpoint.address.is_ipv4() == local.is_ipv4() && usable(endpoint)
+            };
+            let pick = |usable: &dyn Fn(&Endpoint) -> bool| {
+                self.loads.pick(&target.endpoints, usable, &mut rand::rng())
+            };
+            let Some(endpoint) = pick(&same_family).or_else(|| pick(&usable)) else {
                 break;
             };
             let load = self.loads.begin(endpoint.address);
