@@ -2,7 +2,9 @@
 
 use core::mem::size_of;
 
-use crate::{Admission, CAPTURE_MARK, ListenerKey, Pod, PodConstants, Target, Tuple, Verdict};
+use crate::{
+    Admission, CAPTURE_MARK, ListenerKey, NativeTraffic, Pod, PodConstants, Target, Tuple, Verdict,
+};
 
 /// How many entries each map holds at most. None is allocated before it is used.
 pub mod bounds {
@@ -33,6 +35,7 @@ pub const LAYOUT: u64 = {
         size_of::<Admission>() as u64,
         size_of::<Pod>() as u64,
         size_of::<PodConstants>() as u64,
+        size_of::<NativeTraffic>() as u64,
         bounds::PODS as u64,
         bounds::TARGETS as u64,
         bounds::INTENTS as u64,
@@ -53,6 +56,19 @@ pub const LAYOUT: u64 = {
         index += 1;
     }
     hash
+};
+
+/// What the object of the kernel programs bears in a section of its own, by which a build of the
+/// agent sees whether it fits.
+pub const LAYOUT_TAG: [u8; 24] = {
+    let mut tag = *b"undermesh layout........";
+    let hash = LAYOUT.to_le_bytes();
+    let mut index = 0;
+    while index < hash.len() {
+        tag[16 + index] = hash[index];
+        index += 1;
+    }
+    tag
 };
 
 /// FNV-1a, 64 bits.
@@ -80,6 +96,13 @@ mod tests {
         assert_eq!(size_of::<Admission>(), 8 + 8 + 4 + 4);
         assert_eq!(size_of::<Pod>(), 16 + 16 + 4 + 4);
         assert_eq!(size_of::<PodConstants>(), 8 + 40);
+        assert_eq!(size_of::<NativeTraffic>(), 5 * 8);
+    }
+
+    #[test]
+    fn the_tag_ends_with_the_hash() {
+        assert!(LAYOUT_TAG.starts_with(b"undermesh layout"));
+        assert!(LAYOUT_TAG.ends_with(&LAYOUT.to_le_bytes()));
     }
 
     #[test]

@@ -32,7 +32,8 @@ verdicts! {
     /// connect: one of the pod's own addresses or loopback; native.
     ConnectOwnAddress = "connect_own_address",
     /// connect: from an address that is not the pod's to one that is; ECONNREFUSED. `sk_lookup`
-    /// cannot see that one: IPv6 to an own address shows the address's interface, not lo.
+    /// cannot see that one: packets to an own address show the address's interface, not lo, unless
+    /// the socket is bound to lo.
     ConnectForeignSourceRefused = "connect_foreign_source_refused",
     /// connect: one of the agent's sockets; native.
     ConnectOwnSocket = "connect_own_socket",

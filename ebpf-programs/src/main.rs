@@ -31,3 +31,9 @@ fn panic(_: &core::panic::PanicInfo<'_>) -> ! {
 #[unsafe(link_section = "license")]
 #[unsafe(no_mangle)]
 static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";
+
+/// Read by the build of the agent, which embeds only an object that fits.
+#[cfg(target_arch = "bpf")]
+#[unsafe(link_section = "undermesh_layout")]
+#[unsafe(no_mangle)]
+static LAYOUT: [u8; 24] = undermesh_common::LAYOUT_TAG;

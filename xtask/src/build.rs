@@ -64,6 +64,12 @@ fn ebpf(workspace: &Path, toolchain: &Toolchain) -> Result<()> {
     cargo
         .current_dir(workspace.join("ebpf-programs"))
         .env("CARGO_TARGET_BPFEL_UNKNOWN_NONE_LINKER", toolchain.linker())
+        // Added to the flags in that folder's configuration. The verifier's messages and the shipped
+        // binary name source lines, not the machine on which they were built.
+        .env(
+            "CARGO_TARGET_BPFEL_UNKNOWN_NONE_RUSTFLAGS",
+            remap(workspace),
+        )
         .args(["build", "--release", "--target", TARGET, "--target-dir"])
         .arg(&target);
     if toolchain.core() == Core::FromSource {
@@ -90,4 +96,16 @@ fn ebpf(workspace: &Path, toolchain: &Toolchain) -> Result<()> {
         object.len()
     );
     Ok(())
+}
+
+/// Flags that cut the workspace's and cargo's own directories off file names.
+fn remap(workspace: &Path) -> String {
+    let home = env::var_os("CARGO_HOME")
+        .map(PathBuf::from)
+        .or_else(|| Some(env::home_dir()?.join(".cargo")));
+    let mut flags = format!("--remap-path-prefix={}=undermesh", workspace.display());
+    if let Some(home) = home {
+        flags.push_str(&format!(" --remap-path-prefix={}=cargo", home.display()));
+    }
+    flags
 }

@@ -10,7 +10,6 @@ use std::time::Duration;
 use socket2::SockRef;
 use thiserror::Error;
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 use super::HBONE_PORT;
@@ -18,7 +17,7 @@ use super::backoff::Backoff;
 use super::counters::{Counters, Event};
 use super::kernel::{CAPTURE_MARK, ListenerKind};
 use super::pod::EnrolledPod;
-use super::probe;
+use super::probe::{self, ProbeDesk};
 use super::sockets::{self, Listener, PodAddresses, unmapped};
 
 /// How long accept(2) rests when the process or the node has no descriptor or no memory left.
@@ -49,6 +48,7 @@ impl From<ListenerKind> for Role {
 }
 
 /// A captured connection.
+#[derive(Debug)]
 pub struct Accepted {
     /// Whose it is: proven by the namespace that it was accepted in.
     pub pod: Arc<EnrolledPod>,
@@ -116,7 +116,7 @@ pub(super) struct Acceptor {
     pub handler: Arc<dyn Handler>,
     pub counters: Arc<Counters>,
     /// Where probe connections are reported.
-    pub probes: mpsc::Sender<SocketAddr>,
+    pub probes: Arc<ProbeDesk>,
     /// Ends the loops and closes the listeners.
     pub stop: CancellationToken,
 }
@@ -175,7 +175,7 @@ impl Acceptor {
             return;
         }
         if role == Role::Outbound && probe::is_target(local) {
-            if self.probes.try_send(peer).is_err() {
+            if !self.probes.came_out(peer, local) {
                 self.counters.count(Event::StrayProbe);
             }
             return;
@@ -186,7 +186,10 @@ impl Acceptor {
         };
         self.counters.count(Event::Accepted);
         let tuple = match role {
-            Role::Outbound => None,
+            Role::Outbound => {
+                self.pod.captured();
+                None
+            }
             Role::Inbound | Role::Hbone => Some(self.pod.ports().take(peer, local)),
         };
         let pod = self.pod.clone();

@@ -4,14 +4,13 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::io;
-use std::net::{IpAddr, SocketAddr};
+use std::net::IpAddr;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use thiserror::Error;
-use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, timeout, timeout_at};
 use tokio_util::sync::CancellationToken;
@@ -23,7 +22,7 @@ use super::netns::{Netns, NetnsError, NetnsWorker};
 use super::network::{self, Entry, Network, NetworkError};
 use super::pod::{EnrolledPod, PodParts};
 use super::ports::SourcePorts;
-use super::probe::{self, ProbeError, Proof};
+use super::probe::{self, ProbeDesk, ProbeError, Proof};
 use super::sockets::{Listener, PodAddresses};
 use super::sysctl::{self, SysctlError};
 use crate::mesh::{Mode, Workload};
@@ -101,7 +100,7 @@ pub(super) struct Enrolment {
     mode: Mode,
     stop: CancellationToken,
     loops: Vec<JoinHandle<()>>,
-    probes: mpsc::Receiver<SocketAddr>,
+    probes: Arc<ProbeDesk>,
 }
 
 impl Enrolment {
@@ -149,7 +148,7 @@ impl Enrolment {
             ports: SourcePorts::new(&local_ports, rand::random()),
             counters: tools.counters.clone(),
         }));
-        let (seen, probes) = mpsc::channel(probe::SEEN);
+        let probes = Arc::new(ProbeDesk::default());
         let mut enrolment = Self {
             pod: pod.clone(),
             netns: netns.clone(),
@@ -158,12 +157,12 @@ impl Enrolment {
             mode,
             stop: CancellationToken::new(),
             loops: Vec::new(),
-            probes,
+            probes: probes.clone(),
         };
 
         // Listeners into their slots before the program that asks for them, and the pod map last:
         // from then on its connections are captured.
-        let record = enrolment.record();
+        let record = enrolment.record(mode);
         let listeners = on_kernel(&tools.kernel, move |kernel| {
             for (slot, listener) in slots.into_iter().zip(&listeners) {
                 kernel.set_listener(slot, listener.socket.as_fd())?;
@@ -178,7 +177,7 @@ impl Enrolment {
             pod,
             handler: tools.handler.clone(),
             counters: tools.counters.clone(),
-            probes: seen,
+            probes,
             stop: enrolment.stop.clone(),
         };
         for listener in listeners {
@@ -189,7 +188,7 @@ impl Enrolment {
     }
 
     /// Connects as the pod does, in each of its families.
-    pub async fn prove(&mut self, tools: &Tools) -> Result<Vec<Proof>, EnrolError> {
+    pub async fn prove(&self, tools: &Tools) -> Result<Vec<Proof>, EnrolError> {
         let mut proofs = Vec::new();
         for &family in &self.families {
             let proof = probe::prove(
@@ -197,7 +196,7 @@ impl Enrolment {
                 &tools.worker,
                 family,
                 self.pod.addresses(),
-                &mut self.probes,
+                &self.probes,
             )
             .await
             .inspect_err(|_| tools.counters.count(Event::ProbeFailed))?;
@@ -211,7 +210,7 @@ impl Enrolment {
         let network = Network::open(&self.netns, &tools.worker).await?;
         let mut repaired = network.ensure(&self.needed).await?;
         repaired += tools.worker.run(&self.netns, sysctl::set).await??;
-        let record = self.record();
+        let record = self.record(self.mode);
         let netns = self.netns.clone();
         repaired += on_kernel(&tools.kernel, move |kernel| {
             let attached = kernel.lookup_attached(record.netns_cookie);
@@ -243,14 +242,14 @@ impl Enrolment {
         }
         self.pod.set_workload(workload.clone());
         if self.mode != mode {
-            self.mode = mode;
-            let record = self.record();
+            let record = self.record(mode);
             let netns = self.netns.clone();
             on_kernel(&tools.kernel, move |kernel| {
                 kernel.attach_lookup(netns.as_fd(), &record)?;
                 kernel.put_pod(&record)
             })
             .await?;
+            self.mode = mode;
         }
         Ok(Followed::Yes)
     }
@@ -308,8 +307,14 @@ impl Enrolment {
         }
     }
 
-    fn record(&self) -> PodRecord {
-        record(self.netns.cookie(), self.pod.addresses(), self.mode)
+    fn record(&self, mode: Mode) -> PodRecord {
+        let PodAddresses { v4, v6 } = self.pod.addresses();
+        PodRecord {
+            netns_cookie: self.netns.cookie(),
+            v4,
+            v6,
+            mode,
+        }
     }
 }
 
@@ -434,15 +439,6 @@ fn slots(netns_cookie: u64, listeners: &[Listener]) -> Vec<ListenerSlot> {
             kind: listener.kind,
         })
         .collect()
-}
-
-fn record(netns_cookie: u64, addresses: PodAddresses, mode: Mode) -> PodRecord {
-    PodRecord {
-        netns_cookie,
-        v4: addresses.v4,
-        v6: addresses.v6,
-        mode,
-    }
 }
 
 /// bpf(2) may verify a program or walk a map: not on a worker of the runtime.

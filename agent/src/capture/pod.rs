@@ -1,9 +1,11 @@
 //! A pod that is in the mesh, as the proxy sees it: whose connections they are, and how to open
 //! connections in its network.
 
+use std::fmt;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use arc_swap::{ArcSwap, ArcSwapOption};
@@ -90,19 +92,6 @@ pub enum DialError {
     },
 }
 
-impl From<DialError> for io::Error {
-    fn from(error: DialError) -> Self {
-        let kind = match &error {
-            DialError::Refused(_) => io::ErrorKind::ConnectionRefused,
-            DialError::NoSourcePort(_) => io::ErrorKind::AddrNotAvailable,
-            DialError::Gone => io::ErrorKind::NotConnected,
-            DialError::Unreachable { source, .. } | DialError::Io { source, .. } => source.kind(),
-            DialError::Netns(_) | DialError::Kernel(_) => io::ErrorKind::Other,
-        };
-        Self::new(kind, error)
-    }
-}
-
 /// A pod that is in the mesh.
 pub struct EnrolledPod {
     workload: ArcSwap<Workload>,
@@ -118,10 +107,36 @@ pub struct EnrolledPod {
     gone: CancellationToken,
     cut: CancellationToken,
     counters: Arc<Counters>,
+    captured: AtomicU64,
 }
 
 /// Counts as one live connection of its pod until dropped.
 pub struct Tracked(#[allow(dead_code)] TaskTrackerToken);
+
+impl fmt::Debug for EnrolledPod {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("EnrolledPod")
+            .field("name", &self.workload.load().name)
+            .field("netns_cookie", &self.cookie)
+            .field("live", &self.live.len())
+            .finish_non_exhaustive()
+    }
+}
+
+impl From<DialError> for io::Error {
+    /// Keeps the kind, and the whole error as its source.
+    fn from(error: DialError) -> Self {
+        let kind = match &error {
+            DialError::Refused(_) => io::ErrorKind::ConnectionRefused,
+            DialError::Unreachable { .. } => io::ErrorKind::HostUnreachable,
+            DialError::NoSourcePort(_) => io::ErrorKind::AddrNotAvailable,
+            DialError::Gone => io::ErrorKind::NotConnected,
+            DialError::Netns(_) | DialError::Kernel(_) => io::ErrorKind::Other,
+            DialError::Io { source, .. } => source.kind(),
+        };
+        Self::new(kind, error)
+    }
+}
 
 /// What a pod is made of.
 pub(super) struct PodParts {
@@ -318,11 +333,22 @@ impl EnrolledPod {
             gone: CancellationToken::new(),
             cut: CancellationToken::new(),
             counters: parts.counters,
+            captured: AtomicU64::new(0),
         }
     }
 
     pub(super) fn set_workload(&self, workload: Arc<Workload>) {
         self.workload.store(workload);
+    }
+
+    /// Notes that a connection of the pod's programs came out.
+    pub(super) fn captured(&self) {
+        self.captured.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// How many did.
+    pub(super) fn captured_count(&self) -> u64 {
+        self.captured.load(Ordering::Relaxed)
     }
 
     pub(super) fn ports(&self) -> &SourcePorts {

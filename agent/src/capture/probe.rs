@@ -5,10 +5,11 @@ use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::Duration;
 
+use parking_lot::Mutex;
 use serde::Serialize;
 use socket2::SockRef;
 use thiserror::Error;
-use tokio::sync::mpsc;
+use tokio::sync::oneshot;
 use tokio::time::timeout;
 
 use super::kernel::Family;
@@ -23,10 +24,6 @@ const PORT: u16 = 15_009;
 
 /// Over lo it takes microseconds; a busy machine gets more than it can need.
 const LIMIT: Duration = Duration::from_secs(2);
-
-/// How many probe connections may wait to be looked at. A pod that connects to the probe's
-/// destination itself can fill it; then the probe is tried again.
-pub(super) const SEEN: usize = 64;
 
 /// Why a probe is no proof.
 #[derive(Debug, Error)]
@@ -69,6 +66,41 @@ pub struct Proof {
     pub destination: SocketAddr,
 }
 
+/// Where a pod's accept loops and its probe meet. There is room for one probe, known by its source
+/// port: a pod that connects to the probe's destination itself cannot get in its way.
+#[derive(Default)]
+pub(super) struct ProbeDesk(Mutex<Option<Expected>>);
+
+struct Expected {
+    port: u16,
+    seen: oneshot::Sender<Proof>,
+}
+
+impl ProbeDesk {
+    /// Takes a connection that came out with the probe's destination. Returns whether it was the
+    /// one expected.
+    pub(super) fn came_out(&self, source: SocketAddr, destination: SocketAddr) -> bool {
+        let Some(expected) = self
+            .0
+            .lock()
+            .take_if(|expected| expected.port == source.port())
+        else {
+            return false;
+        };
+        let proof = Proof {
+            source,
+            destination,
+        };
+        expected.seen.send(proof).is_ok()
+    }
+
+    fn expect(&self, port: u16) -> oneshot::Receiver<Proof> {
+        let (seen, receiver) = oneshot::channel();
+        *self.0.lock() = Some(Expected { port, seen });
+        receiver
+    }
+}
+
 /// The probe's destinations: captured in every enrolled pod.
 pub(super) fn targets() -> [CaptureTarget; 2] {
     [V4.into(), V6.into()].map(|address| CaptureTarget {
@@ -89,14 +121,13 @@ fn target(family: Family) -> SocketAddr {
     }
 }
 
-/// Connects as the pod's programs do: no address, no mark, not registered. `seen` gets the peers
-/// of the connections that came out at the agent with the probe's destination.
+/// Connects as the pod's programs do: no address, no mark, not registered.
 pub(super) async fn prove(
     netns: &Netns,
     worker: &NetnsWorker,
     family: Family,
     own: PodAddresses,
-    seen: &mut mpsc::Receiver<SocketAddr>,
+    desk: &ProbeDesk,
 ) -> Result<Proof, ProbeError> {
     let target = target(family);
     let failed = |source| ProbeError::Connect { target, source };
@@ -105,38 +136,54 @@ pub(super) async fn prove(
         .await?
         .map_err(failed)?;
     sockets::prepare(&SockRef::from(&socket)).map_err(failed)?;
-    while seen.try_recv().is_ok() {}
+    // The port is fixed before connect(2), the address is left to the route.
+    let any: IpAddr = match family {
+        Family::V4 => Ipv4Addr::UNSPECIFIED.into(),
+        Family::V6 => Ipv6Addr::UNSPECIFIED.into(),
+    };
+    socket
+        .bind(&SocketAddr::new(any, 0).into())
+        .map_err(failed)?;
+    let local = || {
+        socket
+            .local_addr()?
+            .as_socket()
+            .ok_or_else(|| io::ErrorKind::AddrNotAvailable.into())
+    };
+    let seen = desk.expect(local().map_err(failed)?.port());
     match socket.connect(&target.into()) {
         Err(error) if error.raw_os_error() != Some(libc::EINPROGRESS) => return Err(failed(error)),
         _ => {}
     }
-    let source = socket
-        .local_addr()
-        .ok()
-        .and_then(|address| address.as_socket())
-        .ok_or_else(|| failed(io::ErrorKind::AddrNotAvailable.into()))?;
+    let source = local().map_err(failed)?;
     if !own.contains(source.ip()) {
         return Err(ProbeError::Source {
             target,
             found: source.ip(),
         });
     }
-    let came_out = async {
-        while let Some(peer) = seen.recv().await {
-            if peer == source {
-                return true;
-            }
-        }
-        false
-    };
-    match timeout(LIMIT, came_out).await {
-        Ok(true) => Ok(Proof {
-            source,
-            destination: target,
-        }),
-        Ok(false) | Err(_) => Err(ProbeError::Lost {
+    match timeout(LIMIT, seen).await {
+        Ok(Ok(proof)) if proof.source == source && proof.destination == target => Ok(proof),
+        _ => Err(ProbeError::Lost {
             target,
             limit: LIMIT,
         }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_stranger_at_the_probes_destination_is_not_taken_for_the_probe() {
+        let desk = ProbeDesk::default();
+        let (probe, stranger) = (([10, 0, 0, 5], 1).into(), ([10, 0, 0, 5], 2).into());
+        assert!(!desk.came_out(probe, target(Family::V4)));
+        let mut seen = desk.expect(1);
+        assert!(!desk.came_out(stranger, target(Family::V4)));
+        assert!(desk.came_out(probe, target(Family::V4)));
+        assert_eq!(seen.try_recv().unwrap().source, probe);
+        assert!(!desk.came_out(probe, target(Family::V4)));
     }
 }

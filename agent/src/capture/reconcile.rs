@@ -126,6 +126,7 @@ impl Reconciler {
                 slot,
                 desired,
                 stop: self.stop_pods.clone(),
+                half_laid: None,
             };
             self.tasks.spawn(task.run());
         }

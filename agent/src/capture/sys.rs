@@ -18,6 +18,7 @@ enum Command {
     ProgQuery = 16,
     LinkCreate = 28,
     LinkUpdate = 29,
+    LinkDetach = 34,
 }
 
 /// Where a program attaches: `enum bpf_attach_type` of include/uapi/linux/bpf.h.
@@ -161,6 +162,13 @@ pub(super) fn update_link(link: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::
         former_program: 0,
     };
     bpf(Command::LinkUpdate, &mut attributes).map(drop)
+}
+
+/// Takes the program off (`BPF_LINK_DETACH`, 5.9), before it returns: closing and unpinning a link
+/// do so some time later.
+pub(super) fn detach_link(link: BorrowedFd<'_>) -> io::Result<()> {
+    let mut attributes = link.as_raw_fd().cast_unsigned();
+    bpf(Command::LinkDetach, &mut attributes).map(drop)
 }
 
 /// What the kernel says about a link (`BPF_OBJ_GET_INFO_BY_FD`).

@@ -1,6 +1,7 @@
 //! One pod's way into the mesh, its stay there, and its way out. Each pod has a task of its own,
 //! so that one that fails delays no other.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
@@ -47,6 +48,8 @@ pub(super) struct PodTask {
     pub desired: watch::Receiver<Desired>,
     /// Ends the task; what the kernel was told stays.
     pub stop: CancellationToken,
+    /// Namespace of a STRICT pod whose enrolment failed half-way, and stays so.
+    pub half_laid: Option<PathBuf>,
 }
 
 /// A pod that was laid, with the claim to its namespace.
@@ -65,15 +68,20 @@ impl PodTask {
             let desired = self.desired.borrow_and_update().clone();
             let wait = match desired {
                 Desired::Left(drain) => {
-                    self.leave(laid.take(), drain).await;
+                    match laid.take() {
+                        Some(laid) => self.leave(laid, drain).await,
+                        None => self.tidy().await,
+                    }
                     if self.stop.is_cancelled() || self.registry.left(&self.slot) {
                         return;
                     }
                     continue;
                 }
-                Desired::Enrolled(workload, mode) => {
-                    self.approach(&mut laid, &workload, mode).await
-                }
+                Desired::Enrolled(workload, mode) => tokio::select! {
+                    biased;
+                    () = self.stop.clone().cancelled_owned() => break,
+                    wait = self.approach(&mut laid, &workload, mode) => wait,
+                },
             };
             self.registry.tried(&self.slot.uid);
             tokio::select! {
@@ -90,7 +98,7 @@ impl PodTask {
 
     /// One attempt to enrol or to verify. Returns how long to wait for the next.
     async fn approach(
-        &self,
+        &mut self,
         laid: &mut Option<Laid>,
         workload: &Arc<Workload>,
         mode: Mode,
@@ -104,7 +112,9 @@ impl PodTask {
         let result = match timeout(ATTEMPT, attempt).await {
             Ok(Ok(Followed::Yes)) => return spread(VERIFY, rand::random()),
             Ok(Ok(Followed::NeedsNewEnrolment)) => {
-                self.leave(laid.take(), self.registry.drain_timeout()).await;
+                if let Some(laid) = laid.take() {
+                    self.leave(laid, self.registry.drain_timeout()).await;
+                }
                 timeout(ATTEMPT, self.enrol(laid, workload, mode)).await
             }
             Ok(Err(error)) => Ok(Err(error)),
@@ -135,14 +145,22 @@ impl PodTask {
             tracing::warn!(pod = %workload.name, repaired, "capture was incomplete and is repaired");
             self.slot.status.lock().repaired += repaired as u64;
         }
-        let proof = enrolment.prove(&self.tools).await?;
-        laid.proven = true;
-        self.proven(&laid.enrolment, mode, proof);
-        Ok(Followed::Yes)
+        let captured = enrolment.pod.captured_count();
+        match enrolment.prove(&self.tools).await {
+            Ok(proof) => {
+                laid.proven = true;
+                self.proven(&laid.enrolment, mode, proof);
+                Ok(Followed::Yes)
+            }
+            // A pod that floods its own listener may lose the probe, but not by it get out of the
+            // mesh: what came out meanwhile proves as much.
+            Err(_) if laid.proven && enrolment.pod.captured_count() > captured => Ok(Followed::Yes),
+            Err(error) => Err(error),
+        }
     }
 
     async fn enrol(
-        &self,
+        &mut self,
         laid: &mut Option<Laid>,
         workload: &Arc<Workload>,
         mode: Mode,
@@ -165,15 +183,14 @@ impl PodTask {
             Ok(enrolment) => enrolment,
             Err(error) => {
                 // A former agent's capture may be all that a STRICT pod has.
-                if mode == Mode::Permissive
-                    && let Err(error) = enrol::unlay(&self.tools, &netns).await
-                {
-                    let error = with_causes(&error);
-                    tracing::warn!(pod = %workload.name, error, "cannot undo an enrolment");
+                match mode {
+                    Mode::Permissive => self.unlay(&netns).await,
+                    Mode::Strict => self.half_laid = Some(sandbox.netns.clone()),
                 }
                 return Err(error);
             }
         };
+        self.half_laid = None;
         let now = laid.insert(Laid {
             enrolment,
             proven: false,
@@ -227,19 +244,37 @@ impl PodTask {
         };
         self.tools.counters.count(Event::EnrolmentFailed);
         if let Some(phase) = phase {
-            self.leave(laid.take(), Duration::ZERO).await;
+            if let Some(laid) = laid.take() {
+                self.leave(laid, Duration::ZERO).await;
+            }
             self.slot.status.lock().phase = phase;
         }
         wait
     }
 
-    async fn leave(&self, laid: Option<Laid>, drain: Duration) {
-        let Some(Laid {
-            enrolment, _claim, ..
-        }) = laid
-        else {
+    /// Takes away what an attempt left that failed half-way.
+    async fn tidy(&mut self) {
+        let Some(path) = self.half_laid.take() else {
             return;
         };
+        if let Ok(netns) = Netns::open(&path, &self.tools.worker).await
+            && let Ok(_claim) = self.registry.claim(netns.cookie(), &self.slot.uid)
+        {
+            self.unlay(&netns).await;
+        }
+    }
+
+    async fn unlay(&self, netns: &Netns) {
+        if let Err(error) = enrol::unlay(&self.tools, netns).await {
+            let (pod, error) = (&self.slot.uid, with_causes(&error));
+            tracing::warn!(%pod, error, "cannot undo an enrolment");
+        }
+    }
+
+    async fn leave(&self, laid: Laid, drain: Duration) {
+        let Laid {
+            enrolment, _claim, ..
+        } = laid;
         self.slot.status.lock().phase = Phase::Draining;
         self.slot.enrolled.store(None);
         let pod = enrolment.pod.clone();

@@ -1,4 +1,8 @@
 //! Where desired state comes from.
+//!
+//! A source ([`files`]) brings objects as Kubernetes has them. [`translate`] checks each for itself,
+//! [`Cluster`] puts them together, and what comes out is the [`Snapshot`](crate::mesh::Snapshot)
+//! that everything else reads.
 
 mod cluster;
 pub mod files;

@@ -136,7 +136,7 @@ impl Fault {
 #[derive(Debug, Clone)]
 pub enum Object {
     /// Settings of the mesh.
-    MeshConfig(MeshConfigManifest),
+    MeshConfig(Box<MeshConfigManifest>),
     /// A namespace: its labels enrol its pods.
     Namespace(Box<Namespace>),
     /// A node.

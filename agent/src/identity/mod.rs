@@ -1,6 +1,6 @@
 //! SPIFFE identities: certificates, their rotation, the CA.
 //!
-//! The agent asks a CA for one certificate per identity that runs on its node ([`client`]), keeps
+//! The agent asks a CA for one certificate per identity that runs on its node ([`AuthorityClient`]), keeps
 //! them fresh ([`Certificates`]), and hands out [`WorkloadCertificate`]s whose TLS configurations
 //! are built once. The CA itself is [`authority`]. Private keys of workloads are made here and
 //! never leave this process.

@@ -129,6 +129,7 @@ impl Outbound {
         origin: &Origin<'_>,
         limit: Duration,
     ) -> Result<Tunnelled, Failure> {
+        self.close_tunnels_with(pod);
         let client = pod.workload();
         let certificate = self
             .certificates

@@ -5,12 +5,15 @@ mod connect;
 mod path;
 mod target;
 
+use std::collections::HashSet;
 use std::net::SocketAddr;
 use std::sync::Arc;
 
+use parking_lot::Mutex;
+
 use crate::capture::{Accepted, Capture, EnrolledPod};
 use crate::identity::Certificates;
-use crate::mesh::{SharedSnapshot, Snapshot};
+use crate::mesh::{Endpoint, SharedSnapshot, Snapshot};
 use crate::relay::{self, Peer};
 use crate::telemetry::{
     Connection, ConnectionInfo, Direction, FailureReason, Party, Security, Telemetry,
@@ -28,14 +31,50 @@ const ENDPOINTS_TRIED: usize = 3;
 
 /// Takes captured connections of this node's pods to where they want to go.
 pub struct Outbound {
-    pub(crate) snapshot: SharedSnapshot,
-    pub(crate) certificates: Arc<Certificates>,
-    pub(crate) pool: Arc<Pool>,
-    pub(crate) telemetry: Arc<Telemetry>,
-    pub(crate) loads: Arc<Loads>,
+    snapshot: SharedSnapshot,
+    certificates: Arc<Certificates>,
+    pool: Arc<Pool>,
+    telemetry: Arc<Telemetry>,
+    loads: Arc<Loads>,
+    /// Pods (by netns cookie) whose end is waited for, to close their tunnels with them.
+    watched: Arc<Mutex<HashSet<u64>>>,
 }
 
 impl Outbound {
+    /// Puts it together.
+    #[must_use]
+    pub fn new(
+        snapshot: SharedSnapshot,
+        certificates: Arc<Certificates>,
+        pool: Arc<Pool>,
+        telemetry: Arc<Telemetry>,
+    ) -> Self {
+        let (loads, watched) = (Arc::default(), Arc::default());
+        Self {
+            snapshot,
+            certificates,
+            pool,
+            telemetry,
+            loads,
+            watched,
+        }
+    }
+
+    /// Closes the pod's tunnels when it is gone: a pooled one would keep its network namespace
+    /// alive.
+    fn close_tunnels_with(&self, pod: &EnrolledPod) {
+        let cookie = pod.netns_cookie();
+        if !self.watched.lock().insert(cookie) {
+            return;
+        }
+        let (gone, pool, watched) = (pod.gone().clone(), self.pool.clone(), self.watched.clone());
+        tokio::spawn(async move {
+            gone.cancelled().await;
+            pool.close_source(cookie);
+            watched.lock().remove(&cookie);
+        });
+    }
+
     /// Serves one captured connection to its end. Whatever fails before bytes flow resets it: a
     /// client whose connect succeeded must not take a FIN for an answer.
     pub async fn serve(&self, accepted: Accepted, capture: &Capture) {
@@ -51,7 +90,7 @@ impl Outbound {
         let target = target(&snapshot, local);
         let connection = self.open(&pod, peer, local, target.as_ref(), &snapshot);
 
-        let connecting = self.connect(&pod, capture, &snapshot, peer, target, &connection);
+        let connecting = self.connect(&pod, capture, &snapshot, (peer, local), target, &connection);
         let connected = tokio::select! {
             connected = connecting => connected,
             () = pod.gone().cancelled() => Err(Failure::new(FailureReason::PodGone, "the pod left the mesh")),
@@ -83,7 +122,7 @@ impl Outbound {
         pod: &Arc<EnrolledPod>,
         capture: &Capture,
         snapshot: &Snapshot,
-        peer: SocketAddr,
+        (peer, local): (SocketAddr, SocketAddr),
         target: Option<Target>,
         connection: &Connection,
     ) -> Result<Connected, Failure> {
@@ -102,13 +141,19 @@ impl Outbound {
         let mut tried: Vec<SocketAddr> = Vec::with_capacity(ENDPOINTS_TRIED);
         let mut last = None;
         while tried.len() < ENDPOINTS_TRIED {
-            let usable = |endpoint: &crate::mesh::Endpoint| {
+            let usable = |endpoint: &Endpoint| {
                 endpoint.ready
                     && client.has_family(endpoint.address)
                     && !tried.contains(&endpoint.address)
             };
-            let Some(endpoint) = self.loads.pick(&target.endpoints, usable, &mut rand::rng())
-            else {
+            // A dual-stack Service lists every pod twice: once for each family.
+            let same_family = |endpoint: &Endpoint| {
+                endpoint.address.is_ipv4() == local.is_ipv4() && usable(endpoint)
+            };
+            let pick = |usable: &dyn Fn(&Endpoint) -> bool| {
+                self.loads.pick(&target.endpoints, usable, &mut rand::rng())
+            };
+            let Some(endpoint) = pick(&same_family).or_else(|| pick(&usable)) else {
                 break;
             };
             let load = self.loads.begin(endpoint.address);

@@ -22,6 +22,16 @@ pub struct Labelled<V> {
     pub value: V,
 }
 
+impl<V> Labelled<V> {
+    /// With one label.
+    pub fn one(label: &'static str, value_of_label: &str, value: V) -> Self {
+        Self {
+            labels: vec![(label, value_of_label.to_owned())],
+            value,
+        }
+    }
+}
+
 pub(super) type Read<V> = Box<dyn Fn() -> Vec<Labelled<V>> + Send + Sync>;
 
 /// A family of which the values are asked for at each scrape.

@@ -114,7 +114,7 @@ pub(super) async fn establish<T: Transport>(
     bounds: &Limits,
 ) -> Result<Established<T>, TunnelError> {
     let address = key.address;
-    let liveness = Arc::new(Liveness::default());
+    let liveness = Liveness::new();
     let io = Watched::new(transport, liveness.clone());
     let shake = async {
         let tls = TlsConnector::from(certificate.client.clone())
@@ -199,19 +199,18 @@ impl<T: Transport> Established<T> {
             bounds.ping_interval,
             bounds.ping_timeout,
         );
-        let (id, address) = (tunnel.id, tunnel.address);
         tokio::select! {
             end = &mut connection => match end {
-                Ok(()) => tracing::debug!(id, %address, "tunnel closed"),
-                Err(error) => tracing::debug!(id, %address, %error, "tunnel lost"),
+                Ok(()) => tracing::debug!("tunnel closed"),
+                Err(error) => tracing::debug!(%error, "tunnel lost"),
             },
             () = silent => {
                 tunnel.liveness.abort();
-                tracing::debug!(id, %address, after = ?bounds.ping_timeout, "tunnel silent");
+                tracing::debug!(after = ?bounds.ping_timeout, "tunnel silent");
             }
             () = tunnel.abort.cancelled() => {
                 tunnel.liveness.abort();
-                tracing::debug!(id, %address, "tunnel aborted");
+                tracing::debug!("tunnel aborted");
             }
             () = tunnel.retire_when_idle(idle) => {}
         }

@@ -23,6 +23,15 @@ pub enum Stage {
     Answer,
 }
 
+impl Stage {
+    fn hint(self) -> &'static str {
+        match self {
+            Self::Dial => " (does a NetworkPolicy block this port?)",
+            Self::Handshake | Self::Answer => "",
+        }
+    }
+}
+
 impl fmt::Display for Stage {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
@@ -47,7 +56,7 @@ pub enum TunnelError {
     },
     /// A bounded wait came to its bound. A NetworkPolicy that does not allow port 15008 looks
     /// like this at [`Stage::Dial`].
-    #[error("no {stage} from {address} within {after:?} (does a NetworkPolicy block this port?)")]
+    #[error("no {stage} from {address} within {after:?}{}", .stage.hint())]
     Timeout {
         /// The peer.
         address: SocketAddr,

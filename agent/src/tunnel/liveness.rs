@@ -11,6 +11,7 @@ use h2::{Ping, PingPong};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 use tokio::sync::Notify;
+use tokio::time::{Instant, sleep_until, timeout_at};
 
 /// What a tunnel runs over.
 pub trait Transport: AsyncRead + AsyncWrite + Unpin + Send + 'static {
@@ -41,16 +42,40 @@ impl Transport for TcpStream {
 impl Transport for tokio::io::DuplexStream {}
 
 /// What is known of a tunnel's peer being alive.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Liveness {
     /// Reads that brought bytes.
     reads: AtomicU64,
+    start: Instant,
+    /// When the last of them was, in nanoseconds since the start.
+    last: AtomicU64,
     /// Drop the transport without ceremony.
     abort: AtomicBool,
     nudge: Notify,
 }
 
 impl Liveness {
+    pub(super) fn new() -> Arc<Self> {
+        Arc::new(Self {
+            reads: AtomicU64::new(0),
+            start: Instant::now(),
+            last: AtomicU64::new(0),
+            abort: AtomicBool::new(false),
+            nudge: Notify::new(),
+        })
+    }
+
+    fn note(&self) {
+        let since_start = u64::try_from(self.start.elapsed().as_nanos()).unwrap_or(u64::MAX);
+        self.last.store(since_start, Ordering::Relaxed);
+        self.reads.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// When the peer last gave a sign of life.
+    fn last_read(&self) -> Instant {
+        self.start + Duration::from_nanos(self.last.load(Ordering::Relaxed))
+    }
+
     /// Changes whenever something was received.
     pub(super) fn reads(&self) -> u64 {
         self.reads.load(Ordering::Relaxed)
@@ -97,7 +122,7 @@ impl<T: Transport> AsyncRead for Watched<T> {
         let before = buffer.filled().len();
         ready!(Pin::new(&mut self.inner).poll_read(cx, buffer))?;
         if buffer.filled().len() > before {
-            self.liveness.reads.fetch_add(1, Ordering::Relaxed);
+            self.liveness.note();
         }
         Poll::Ready(Ok(()))
     }
@@ -148,26 +173,31 @@ pub(super) async fn silence(
         return std::future::pending().await;
     };
     loop {
-        let before = liveness.reads();
-        let nudged = tokio::select! {
-            () = tokio::time::sleep(interval) => false,
-            () = liveness.nudge.notified() => true,
-        };
-        if !nudged && liveness.reads() != before {
-            continue;
+        loop {
+            let due = liveness.last_read() + interval;
+            tokio::select! {
+                () = sleep_until(due) => {}
+                () = liveness.nudge.notified() => break,
+            }
+            if liveness.last_read() + interval <= Instant::now() {
+                break;
+            }
         }
         if pings.send_ping(Ping::opaque()).is_err() {
             return std::future::pending().await;
         }
+        let sent = Instant::now();
         loop {
-            let before = liveness.reads();
+            // Late, but something else came: a busy peer.
+            let deadline = sent.max(liveness.last_read()) + timeout;
+            if deadline <= Instant::now() {
+                return;
+            }
             let pong = std::future::poll_fn(|cx| pings.poll_pong(cx));
-            match tokio::time::timeout(timeout, pong).await {
+            match timeout_at(deadline, pong).await {
                 Ok(Ok(_)) => break,
                 Ok(Err(_)) => return std::future::pending().await,
-                // Late, but something else came: a busy peer.
-                Err(_) if liveness.reads() != before => {}
-                Err(_) => return,
+                Err(_) => {}
             }
         }
     }

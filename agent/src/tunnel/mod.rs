@@ -17,14 +17,16 @@ mod limits;
 mod liveness;
 mod pool;
 mod server;
+mod status;
 mod stream;
 
 pub use error::{Refusal, ResetBy, ResetReason, Stage, StreamReset, TunnelError};
 pub use headers::{ConnectRequest, Forwarded};
 pub use limits::Limits;
 pub use liveness::Transport;
-pub use pool::{Pool, PoolOptions, TunnelKey, TunnelStatus, Tunnelled};
+pub use pool::{Pool, PoolOptions, TunnelKey, Tunnelled};
 pub use server::{HBONE_PORT, Incoming, Side, TunnelService, serve, serve_with};
+pub use status::TunnelStatus;
 pub use stream::{TunnelReceive, TunnelSend};
 
 #[cfg(test)]

@@ -8,15 +8,16 @@ use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use parking_lot::Mutex;
-use serde::Serialize;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio::time::timeout;
+use tracing::Instrument;
 
 use super::client::{ConnectFailure, Fitness, Place, Tunnel, establish};
 use super::error::{Stage, TunnelError};
 use super::headers::ConnectRequest;
 use super::limits::Limits;
 use super::liveness::Transport;
+use super::status::{Counters, TunnelStatus, count};
 use super::stream::{TunnelReceive, TunnelSend};
 use crate::identity::WorkloadCertificate;
 use crate::mesh::SpiffeId;
@@ -76,30 +77,6 @@ pub struct Tunnelled {
     pub baggage: Option<String>,
 }
 
-/// A tunnel, for those who look.
-#[derive(Debug, Clone, Serialize)]
-pub struct TunnelStatus {
-    /// Netns cookie of the source pod.
-    pub netns_cookie: u64,
-    /// Identity of the source pod.
-    pub source: SpiffeId,
-    /// The peer's address.
-    pub address: SocketAddr,
-    /// The peer's identity, proven.
-    pub peer: SpiffeId,
-    /// Serial number of the certificate that we showed.
-    pub certificate: String,
-    /// When the handshake was done.
-    #[serde(with = "time::serde::rfc3339")]
-    pub established: time::OffsetDateTime,
-    /// Streams in it now.
-    pub streams: usize,
-    /// Streams that wait for a peer that does not read.
-    pub stalled: usize,
-    /// Whether it takes no new streams and ends with its last.
-    pub retired: bool,
-}
-
 /// Keeps the tunnels of all local pods.
 ///
 /// A CONNECT that failed on a tunnel which others had used before (it was reset, closed by
@@ -129,17 +106,6 @@ enum Flight {
     UnderWay,
     Landed,
     Failed(TunnelError),
-}
-
-#[derive(Default)]
-struct Counters {
-    established: AtomicU64,
-    failed: AtomicU64,
-    reused: AtomicU64,
-    replaced: AtomicU64,
-    rotated: AtomicU64,
-    evicted: AtomicU64,
-    saturated: AtomicU64,
 }
 
 /// What to do next for a place in a tunnel.
@@ -225,7 +191,12 @@ impl Pool {
     pub fn status(&self) -> Vec<TunnelStatus> {
         let keys = self.keys.lock();
         keys.iter()
-            .flat_map(|(key, tunnels)| tunnels.open.iter().map(|tunnel| status(key, tunnel)))
+            .flat_map(|(key, tunnels)| {
+                tunnels
+                    .open
+                    .iter()
+                    .map(|tunnel| TunnelStatus::of(key, tunnel))
+            })
             .collect()
     }
 
@@ -234,26 +205,7 @@ impl Pool {
     /// `evicted` at the bound of the pool, and connections refused as `saturated`.
     #[must_use]
     pub fn counters(&self) -> Vec<(&'static str, u64)> {
-        let Counters {
-            established,
-            failed,
-            reused,
-            replaced,
-            rotated,
-            evicted,
-            saturated,
-        } = &self.counters;
-        [
-            ("established", established),
-            ("failed", failed),
-            ("reused", reused),
-            ("replaced", replaced),
-            ("rotated", rotated),
-            ("evicted", evicted),
-            ("saturated", saturated),
-        ]
-        .map(|(name, value)| (name, value.load(Ordering::Relaxed)))
-        .to_vec()
+        self.counters.by_name()
     }
 
     /// Ends the tunnels of a pod at once, with all streams in them: it is gone.
@@ -453,16 +405,17 @@ impl Pool {
         };
         let place = lead.land(&established.tunnel)?;
         count(&self.counters.established);
-        let pool = Arc::downgrade(self);
-        let key = lead.key.clone();
-        let idle = self.options.idle;
-        let bounds = bounds.clone();
-        tokio::spawn(async move {
+        let (pool, key) = (Arc::downgrade(self), lead.key.clone());
+        let (idle, bounds) = (self.options.idle, bounds.clone());
+        let span = tracing::debug_span!("tunnel", id = lead.id, netns_cookie = key.netns_cookie,
+            source = %key.source, %address, peer = %established.tunnel.peer);
+        let driven = async move {
             let id = established.tunnel.id;
             established.drive(idle, bounds).await;
             forget(&pool, &key, id);
             drop(permit);
-        });
+        };
+        tokio::spawn(driven.instrument(span));
         Ok(place)
     }
 }
@@ -483,7 +436,7 @@ impl Pool {
 impl Drop for Pool {
     fn drop(&mut self) {
         for tunnel in self.keys.get_mut().values().flat_map(|key| &key.open) {
-            tunnel.abort.cancel();
+            tunnel.retire();
         }
     }
 }
@@ -549,22 +502,4 @@ fn forget(pool: &Weak<Pool>, key: &TunnelKey, id: u64) {
             keys.remove(key);
         }
     }
-}
-
-fn status(key: &TunnelKey, tunnel: &Tunnel) -> TunnelStatus {
-    TunnelStatus {
-        netns_cookie: key.netns_cookie,
-        source: key.source.clone(),
-        address: key.address,
-        peer: tunnel.peer.clone(),
-        certificate: tunnel.serial.clone(),
-        established: tunnel.established.into(),
-        streams: tunnel.streams(),
-        stalled: tunnel.stalled(),
-        retired: tunnel.is_retired(),
-    }
-}
-
-fn count(counter: &AtomicU64) {
-    counter.fetch_add(1, Ordering::Relaxed);
 }

@@ -84,9 +84,10 @@ pub async fn serve(
     service: Arc<dyn TunnelService>,
     drain: CancellationToken,
 ) -> Result<(), TunnelError> {
-    let peer_address = stream
-        .peer_addr()
-        .map_err(|error| TunnelError::tls(local, error))?;
+    let peer_address = stream.peer_addr().map_err(|error| TunnelError::Broken {
+        address: local,
+        reset: StreamReset::local(&error.to_string()),
+    })?;
     let side = Side {
         local,
         peer_address,
@@ -115,7 +116,7 @@ pub async fn serve_with<T: Transport>(
     side: Side,
     drain: CancellationToken,
 ) -> Result<(), TunnelError> {
-    let liveness = Arc::new(Liveness::default());
+    let liveness = Liveness::new();
     let io = Watched::new(transport, liveness.clone());
     let shake = handshake(io, &certificate, side.peer_address);
     let (peer, connection) = match timeout(side.bounds.handshake, shake).await {
@@ -195,6 +196,8 @@ impl<T: Transport> Served<T> {
                         idle.accepted += 1;
                         self.take(request, respond);
                     }
+                    // Without a stream in it, however it ends is in order.
+                    Some(Err(error)) if error.is_io() && self.is_idle() => return Ok(()),
                     Some(Err(error)) => return Err(TunnelError::broken(address, error)),
                     None => return Ok(()),
                 },
@@ -215,13 +218,17 @@ impl<T: Transport> Served<T> {
                     draining = Drain::Over;
                 }
                 () = sleep_until(idle.next), if draining == Drain::NotYet => {
-                    if idle.is_over(self.handled.available_permits()) {
+                    if idle.is_over(self.is_idle()) {
                         self.connection.graceful_shutdown();
                         draining = Drain::Until(Instant::now() + bounds.drain);
                     }
                 }
             }
         }
+    }
+
+    fn is_idle(&self) -> bool {
+        self.handled.available_permits() == MAX_HANDLED
     }
 
     fn take(&self, request: Request<RecvStream>, mut respond: Respond) {
@@ -319,9 +326,9 @@ impl IdleCheck {
     }
 
     /// Two looks in a row without a stream, then or between.
-    fn is_over(&mut self, free_permits: usize) -> bool {
+    fn is_over(&mut self, idle: bool) -> bool {
         self.next = Instant::now() + self.every;
-        let quiet = (free_permits == MAX_HANDLED).then_some(self.accepted);
+        let quiet = idle.then_some(self.accepted);
         let over = quiet.is_some() && quiet == self.quiet_at;
         self.quiet_at = quiet;
         over

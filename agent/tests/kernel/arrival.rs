@@ -237,7 +237,9 @@ fn a_foreign_source_on_lo_that_nobody_admitted_is_refused() {
         .pod
         .enter(|| Socket::new(Domain::IPV4, Type::STREAM, None).unwrap());
     socket.set_ip_transparent_v4(true).unwrap();
-    socket.set_mark(CAPTURE_MARK).unwrap();
+    socket.set_mark(CAPTURE_MARK).unwrap(); // else the answer leaves by eth0
+    // Without this its packets show the interface of the address, in IPv4 too.
+    socket.bind_device(Some(b"lo")).unwrap();
     socket
         .bind(&SocketAddr::from((PEER_V4, 2004)).into())
         .unwrap();

@@ -25,7 +25,7 @@ pub use error::KernelError;
 pub use status::{
     AttachPoint, FeatureStatus, ForeignProgram, KernelStatus, MapStatus, ProgramStatus,
 };
-pub use undermesh_common::{CAPTURE_MARK, Family, HBONE_PORT, Intent, ListenerKind};
+pub use undermesh_common::{CAPTURE_MARK, Family, HBONE_PORT, Intent, ListenerKind, NativeTraffic};
 
 use self::maps::Maps;
 use self::object::{CONNECT4, CONNECT6, LOOKUP, Loader, SOCK_OPS};
@@ -140,12 +140,14 @@ impl Kernel {
 
     /// Adds or replaces a pod. From now on its connections to the mesh are captured.
     pub fn put_pod(&self, pod: &PodRecord) -> Result<(), KernelError> {
+        self.maps.native.watch(pod.netns_cookie)?;
         self.maps.pods.put(&pod.netns_cookie, &pod.to_kernel())
     }
 
     /// From now on this pod's connections are native. That it is not there is no error.
     pub fn remove_pod(&self, netns_cookie: u64) -> Result<(), KernelError> {
-        self.maps.pods.remove(&netns_cookie)
+        self.maps.pods.remove(&netns_cookie)?;
+        self.maps.native.forget(netns_cookie)
     }
 
     /// The pods that the kernel holds, also those that a former agent put there.
@@ -239,6 +241,12 @@ impl Kernel {
     #[must_use]
     pub fn counters(&self) -> Vec<(&'static str, u64)> {
         self.maps.counters()
+    }
+
+    /// What the closed native connections of a pod carried, none if it is not enrolled.
+    #[must_use]
+    pub fn native_traffic(&self, netns_cookie: u64) -> Option<NativeTraffic> {
+        self.maps.native.of(netns_cookie)
     }
 
     /// Detaches what agents of another layout left, and forgets their maps. Call it when the pods

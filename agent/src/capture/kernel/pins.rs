@@ -103,15 +103,10 @@ impl Pins {
         sys::pin(link.as_fd(), &path)
     }
 
-    /// Detaches by removing the pin; that there is none is no error. Nobody else may hold the link.
+    /// Detaches and removes the pin; that there is none is no error. The program is off when it
+    /// returns.
     pub(super) fn detach(&self, name: &str) -> Result<(), KernelError> {
-        let path = self.directory.join(name);
-        match fs::remove_file(&path) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                Err(KernelError::file("remove", path)(error))
-            }
-            _ => Ok(()),
-        }
+        detach(&self.directory.join(name))
     }
 
     /// What the kernel says about a pinned link, none if nothing is pinned there.
@@ -144,10 +139,38 @@ impl Pins {
             .collect())
     }
 
-    /// Removes one of them, by which its programs are detached.
+    /// Detaches what is pinned in such a directory and removes it.
     pub(super) fn remove_layout(directory: &Path) -> Result<(), KernelError> {
-        fs::remove_dir_all(directory).map_err(KernelError::file("remove", directory))
+        let entries = fs::read_dir(directory).map_err(KernelError::file("read", directory))?;
+        for entry in entries {
+            let path = entry.map_err(KernelError::file("read", directory))?.path();
+            let is_link = path
+                .file_name()
+                .is_some_and(|name| name.as_encoded_bytes().starts_with(b"link_"));
+            if is_link {
+                detach(&path)?;
+            } else {
+                fs::remove_file(&path).map_err(KernelError::file("remove", path))?;
+            }
+        }
+        fs::remove_dir(directory).map_err(KernelError::file("remove", directory))
     }
+}
+
+fn detach(path: &Path) -> Result<(), KernelError> {
+    let link = match sys::open_pin(path) {
+        Ok(link) => link,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(KernelError::file("open", path)(error)),
+    };
+    match sys::detach_link(link.as_fd()) {
+        // What it was attached to is gone already.
+        Err(error) if error.raw_os_error() != Some(libc::ENOLINK) => {
+            return Err(KernelError::file("detach", path)(error));
+        }
+        _ => {}
+    }
+    fs::remove_file(path).map_err(KernelError::file("remove", path))
 }
 
 fn is_layout(name: &str) -> bool {

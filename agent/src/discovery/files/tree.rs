@@ -10,6 +10,9 @@ use serde_saphyr::Spanned;
 /// thread's stack.
 const DEPTH_MAX: usize = 24;
 
+/// Nodes of a document: a `List` of some 5,000 pods as a cluster shows them.
+const NODES_MAX: usize = 1_000_000;
+
 /// A YAML node and its place.
 #[derive(Debug, Clone)]
 pub(super) struct Tree {
@@ -43,9 +46,13 @@ impl Tree {
     pub(super) fn parse(text: &str, first_line: u64) -> Result<Option<Self>, SyntaxError> {
         let options = serde_saphyr::options! {
             with_snippet: false,
+            // YAML 1.2: `no` and `y` are texts, and may be names.
+            strict_booleans: true,
             budget: serde_saphyr::budget! {
                 max_depth: DEPTH_MAX,
                 flow_nesting_limit: DEPTH_MAX,
+                max_nodes: NODES_MAX,
+                max_events: 2 * NODES_MAX,
             },
         };
         let mut tree: Self =
@@ -276,11 +283,12 @@ spec:
 
     #[test]
     fn values_are_those_of_yaml() {
-        let text = "{a: 1, b: -1, c: 1.5, d: true, e: ~, f: '1', g: [x, \"true\"], h: 10.0.0.1}";
+        let text =
+            "{a: 1, b: -1, c: 1.5, d: true, e: ~, f: '1', g: [x, \"true\"], h: 10.0.0.1, i: no}";
         let tree = Tree::parse(text, 1).unwrap().unwrap();
         let expected = serde_json::json!({
             "a": 1, "b": -1, "c": 1.5, "d": true, "e": null, "f": "1", "g": ["x", "true"],
-            "h": "10.0.0.1"
+            "h": "10.0.0.1", "i": "no"
         });
         assert_eq!(tree.to_json(), expected);
     }

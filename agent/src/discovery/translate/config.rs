@@ -91,7 +91,8 @@ fn duration<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Duratio
 
 /// A duration as in Gateway API (GEP-2257): one to four times a number of one to five digits and
 /// its unit, `h`, `m`, `s` or `ms`.
-fn parse_duration(text: &str) -> Option<Duration> {
+#[must_use]
+pub fn parse_duration(text: &str) -> Option<Duration> {
     let mut rest = text;
     let mut total = Duration::ZERO;
     for _ in 0..4 {

@@ -14,7 +14,7 @@ async fn connections_one_after_the_other_share_a_tunnel() {
     assert_eq!(client.counter("reused"), 9);
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn connections_at_once_share_one_handshake() {
     let mesh = Mesh::new();
     let pod = Pod::new(&mesh, echo());
@@ -258,7 +258,7 @@ async fn a_rotated_certificate_gets_a_new_tunnel_and_drops_no_connection() {
     ping_pong(&mut after).await;
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn goaway_under_load_loses_no_new_connection() {
     let mesh = Mesh::new();
     let pod = Pod::new(&mesh, echo());
@@ -313,7 +313,8 @@ async fn a_peer_of_another_root_is_refused_by_either_side() {
     let client = Client::new(&mesh);
     let refused = client.open(&pod).await.err().unwrap();
     assert!(matches!(refused, TunnelError::Tls { .. }), "{refused}");
-    let served = pod.serving.lock().pop().unwrap().await.unwrap();
+    let serving = pod.serving.lock().pop().unwrap();
+    let served = within(serving).await.unwrap();
     assert!(matches!(served, Err(TunnelError::Tls { .. })));
 }
 
@@ -419,4 +420,21 @@ async fn the_end_of_a_pod_ends_its_tunnels_and_no_others() {
     assert!(client.pool.status().is_empty());
     let serving = pod.serving.lock().pop().unwrap();
     assert!(within(serving).await.is_ok());
+}
+
+#[tokio::test]
+async fn a_pod_that_ends_during_a_handshake_leaves_no_tunnel() {
+    let mesh = Mesh::new();
+    let pod = Pod::new(&mesh, echo());
+    let client = Client::new(&mesh);
+    let certificate = client.certificate.lock().clone();
+    let dial = || async {
+        client.pool.close_source(1);
+        Ok(pod.dial())
+    };
+    let key = key(&[SERVER]);
+    let request = ConnectRequest::new(app());
+    let open = client.pool.open(&key, certificate, request, dial);
+    assert!(matches!(open.await, Err(TunnelError::SourceGone)));
+    assert!(client.pool.status().is_empty());
 }

@@ -74,6 +74,31 @@ async fn any_other_method_is_a_bad_request() {
 }
 
 #[tokio::test]
+async fn a_header_list_beyond_the_limit_reaches_no_handler() {
+    let mesh = Mesh::new();
+    let handled = Arc::new(AtomicUsize::new(0));
+    let counted = handled.clone();
+    let pod = Pod::new(
+        &mesh,
+        service(move |_| {
+            counted.fetch_add(1, Ordering::SeqCst);
+            std::future::ready(())
+        }),
+    );
+    let certificate = mesh.certificate(CLIENT);
+    let mut requests = raw(&pod, &certificate).await;
+    let mut request = connect_to(APP);
+    for index in 0..40 {
+        let name = http::HeaderName::try_from(format!("x-{index}")).unwrap();
+        let value = http::HeaderValue::try_from("v".repeat(2000)).unwrap();
+        request.headers_mut().insert(name, value);
+    }
+    let answer = ask(&mut requests, request).await;
+    assert!(answer.is_err() || answer.is_ok_and(|status| status.is_client_error()));
+    assert_eq!(handled.load(Ordering::SeqCst), 0);
+}
+
+#[tokio::test]
 async fn refusals_come_as_a_typed_error_with_their_status() {
     let mesh = Mesh::new();
     let client = Client::new(&mesh);
@@ -125,8 +150,10 @@ async fn the_handler_learns_who_asks_from_the_certificate_and_the_rest_as_hearsa
             } = &incoming;
             let seen = (peer.clone(), *authority, forwarded.clone(), baggage.clone());
             sender.send(seen).unwrap();
-            let _ = incoming.accept(Some("service.name=server"));
-            std::future::ready(())
+            async move {
+                let (_send, mut receive) = incoming.accept(Some("service.name=server")).unwrap();
+                let _ = receive.data().await;
+            }
         }),
     );
     let client = Client::new(&mesh);
@@ -329,4 +356,40 @@ async fn a_client_that_keeps_an_idle_tunnel_is_sent_away() {
     let bound = Duration::from_secs(1300);
     let served = tokio::time::timeout(bound, served).await.unwrap();
     assert!(served.unwrap().is_ok());
+}
+
+/// A connection by a raw client, and our server's end of it.
+async fn raw_pair() -> (h2::SendStream<Bytes>, (TunnelSend, TunnelReceive), Arc<Pod>) {
+    let mesh = Mesh::new();
+    let held = Held::default();
+    let pod = Pod::new(&mesh, held.service());
+    let requests = raw(&pod, &mesh.certificate(CLIENT)).await;
+    let mut requests = requests.ready().await.unwrap();
+    let (response, send) = requests.send_request(connect_to(APP), false).unwrap();
+    within(response).await.unwrap();
+    (send, held.take().await, pod)
+}
+
+#[tokio::test]
+async fn a_reset_before_the_end_is_never_an_end_whatever_its_code() {
+    for code in [h2::Reason::NO_ERROR, h2::Reason::CANCEL] {
+        let (mut send, mut far, _pod) = raw_pair().await;
+        send.send_data(Bytes::from_static(b"half"), false).unwrap();
+        assert!(within(far.1.data()).await.unwrap().is_ok());
+        send.send_reset(code);
+        let reset = within(far.1.data()).await.unwrap().unwrap_err();
+        assert_eq!((reset.by, reset.code), (ResetBy::Peer, Some(code.into())));
+    }
+}
+
+#[tokio::test]
+async fn a_reset_after_the_end_takes_nothing_from_what_came_before() {
+    let (mut send, mut far, _pod) = raw_pair().await;
+    send.send_data(Bytes::from_static(b"all"), true).unwrap();
+    // Written before the reset, which would drop it from the queue.
+    let first = within(far.1.data()).await.unwrap().unwrap();
+    assert_eq!(&first[..], b"all");
+    send.send_reset(h2::Reason::NO_ERROR);
+    assert_eq!(within(far.0.broken()).await.by, ResetBy::Peer);
+    assert!(within(far.1.data()).await.is_none());
 }
