@@ -16,7 +16,6 @@ use anyhow::{Context, Result, bail};
 use crate::lab::PodHandle;
 use crate::machine;
 use crate::process::Process;
-use crate::wait;
 
 const START: Duration = Duration::from_secs(20);
 const ANSWER: Duration = Duration::from_secs(5);
@@ -94,18 +93,18 @@ http {{
         socket: PathBuf,
     ) -> Result<Self> {
         let program_path = machine::find(program).context("just installed")?;
-        let mut server = Self {
-            process: pod.spawn(program, &program_path.display().to_string(), args)?,
-            kind,
-            socket,
-            asked: AtomicU64::new(0),
-        };
-        wait::until_true(&format!("{program} to answer"), START, || {
-            server.process.check_alive()?;
-            server.accepted()?;
+        let mut process = pod.spawn(program, &program_path.display().to_string(), args)?;
+        let asked = AtomicU64::new(0);
+        process.until(&format!("{program} to answer"), START, |_| {
+            kind.ask(&socket, &asked)?;
             Ok(true)
         })?;
-        Ok(server)
+        Ok(Self {
+            kind,
+            process,
+            socket,
+            asked,
+        })
     }
 
     /// Its process.
@@ -121,12 +120,18 @@ http {{
 
     /// TCP connections that it accepted, as it counts them itself.
     pub fn accepted(&self) -> Result<u64> {
-        let stream = UnixStream::connect(&self.socket)?;
-        let asked = self.asked.fetch_add(1, Ordering::SeqCst) + 1;
+        self.kind.ask(&self.socket, &self.asked)
+    }
+}
+
+impl Kind {
+    fn ask(self, socket: &Path, asked: &AtomicU64) -> Result<u64> {
+        let stream = UnixStream::connect(socket)?;
+        let asked = asked.fetch_add(1, Ordering::SeqCst) + 1;
         stream.set_read_timeout(Some(ANSWER))?;
-        let counted = match self.kind {
-            Kind::Nginx => nginx_accepts(stream)?,
-            Kind::Redis => redis_connections(stream)?,
+        let counted = match self {
+            Self::Nginx => nginx_accepts(stream)?,
+            Self::Redis => redis_connections(stream)?,
         };
         counted
             .checked_sub(asked)
@@ -266,10 +271,9 @@ pub fn postgres(pod: &PodHandle, port: u16) -> Result<Process> {
     ];
     let mut process = pod.spawn("postgres", "setpriv", &with(&program("postgres"), &serve))?;
     let socket = dir.join(format!(".s.PGSQL.{port}"));
-    wait::until_true("PostgreSQL to listen", START, || {
-        process.check_alive()?;
+    process.until("PostgreSQL to listen", START, |postgres| {
         Ok(UnixStream::connect(&socket).is_ok()
-            && process.output().contains("ready to accept connections"))
+            && postgres.output().contains("ready to accept connections"))
     })?;
     Ok(process)
 }

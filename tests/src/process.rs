@@ -10,8 +10,8 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use crate::cgroup::Cgroup;
-use crate::interrupt;
 use crate::netns::Netns;
+use crate::{interrupt, wait};
 
 /// Enters the cgroup before anything else, so that nothing runs outside it.
 const ENTER: &str = r#"echo $$ > "$0/cgroup.procs" && exec "$@""#;
@@ -186,6 +186,20 @@ impl Process {
         Ok(())
     }
 
+    /// Waits until `condition` holds, but no longer than it runs; the error shows the end of its log.
+    pub fn until(
+        &mut self,
+        what: &str,
+        limit: Duration,
+        mut condition: impl FnMut(&Self) -> Result<bool>,
+    ) -> Result<()> {
+        let outcome = wait::until_true(what, limit, || {
+            Ok(self.ended()?.is_some() || condition(self)?)
+        });
+        explained(outcome, &self.log)?;
+        self.check_alive()
+    }
+
     /// Waits for its end.
     pub fn wait(&mut self, limit: Duration) -> Result<ExitStatus> {
         let start = Instant::now();
@@ -220,6 +234,16 @@ impl Drop for Process {
             let _ = child.wait();
         }
     }
+}
+
+/// Adds the end of a log to an error, unless someone asked to stop: then there is nothing to explain.
+fn explained<T>(outcome: Result<T>, log: &Path) -> Result<T> {
+    outcome.map_err(|error| {
+        if interrupt::interrupted() {
+            return error;
+        }
+        anyhow::anyhow!("{error:#}; {}:\n{}", log.display(), tail(log, 15))
+    })
 }
 
 /// The last lines of a file, for error messages.

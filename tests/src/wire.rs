@@ -11,7 +11,6 @@ use nix::sys::signal::Signal;
 
 use crate::machine;
 use crate::process::{Place, Process};
-use crate::wait;
 
 const START: Duration = Duration::from_secs(10);
 /// Written by tcpdump -B, in KiB: enough for bursts while the disk is busy.
@@ -61,9 +60,8 @@ impl Capture {
             "--immediate-mode",
         ];
         let mut process = place.spawn(name, "tcpdump", &args)?;
-        wait::until_true("tcpdump to listen", START, || {
-            process.check_alive()?;
-            Ok(process.output().contains("listening on"))
+        process.until("tcpdump to listen", START, |tcpdump| {
+            Ok(tcpdump.output().contains("listening on"))
         })?;
         Ok(Self { process, file })
     }

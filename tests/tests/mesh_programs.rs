@@ -92,8 +92,7 @@ fn iperf3_measures_through_the_mesh() -> Result<()> {
     let lab = pods(5201)?;
     let server = lab.pod("server")?;
     let mut serving = server.spawn("iperf3", "iperf3", &["--server", "--forceflush"])?;
-    undermesh_lab::wait::until_true("iperf3 to listen", Duration::from_secs(10), || {
-        serving.check_alive()?;
+    serving.until("iperf3 to listen", Duration::from_secs(10), |serving| {
         Ok(serving.output().contains("Server listening"))
     })?;
     let witness = Witness::start(&lab)?;

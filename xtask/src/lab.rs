@@ -151,7 +151,7 @@ fn agent(name: &str, node: &str, action: Action) -> Result<()> {
     match action {
         Action::Start => {
             let mut process: Process = agent.spawn(&[], &[])?;
-            let ready = agent.wait_ready(Some(&mut process));
+            let ready = agent.wait_ready(&mut process);
             process.leave_running();
             ready?;
             println!("the agent of {node} is ready: {}", agent.log().display());

@@ -9,8 +9,17 @@ use undermesh_lab::{Binaries, interrupt};
 
 use crate::build;
 
-/// Builds agent and traffic program, and says where they are.
+/// Builds agent and traffic program, and says where they are. Those in the directory that `UNDERMESH_BIN_DIR`
+/// names are taken as they are.
 pub fn build() -> Result<Binaries> {
+    if env::var_os("UNDERMESH_BIN_DIR").is_some() {
+        let built = Binaries::find()?;
+        println!(
+            "not building: UNDERMESH_BIN_DIR names {}",
+            built.agent.display()
+        );
+        return Ok(built);
+    }
     build::run(&build::Options {
         ebpf_only: false,
         release: true,
@@ -33,8 +42,11 @@ pub fn build_traffic() -> Result<Binaries> {
     Ok(Binaries::in_dir(&dir()))
 }
 
-/// The directory of the release programs.
+/// The directory of the programs.
 pub fn dir() -> PathBuf {
+    if let Some(dir) = env::var_os("UNDERMESH_BIN_DIR") {
+        return dir.into();
+    }
     let target = env::var_os("CARGO_TARGET_DIR").map_or("target".into(), PathBuf::from);
     build::workspace().join(target).join("release")
 }

@@ -40,16 +40,18 @@ pub fn run(options: &Options) -> Result<ExitCode> {
 
 fn steps(options: &Options, clock: &mut Clock) -> Result<()> {
     clock.time("build", || programs::build().map(|_| ()))?;
-    let unit = ["test", "--workspace", "--lib", "--bins", "--no-fail-fast"];
-    let documented = ["test", "--workspace", "--doc", "--no-fail-fast"];
-    let end_to_end = [
+    const LAB: &str = "undermesh-lab";
+    let unit = ["test", "--no-fail-fast", "--workspace", "--exclude", LAB];
+    let lab = [
         "test",
-        "--package",
-        "undermesh-lab",
-        "--test",
-        "*",
         "--no-fail-fast",
+        "--package",
+        LAB,
+        "--lib",
+        "--bins",
     ];
+    let examples = ["test", "--no-fail-fast", "--package", LAB, "--doc"];
+    let end_to_end = ["test", "--no-fail-fast", "--package", LAB, "--test", "*"];
     let mut failures = Vec::new();
     let mut suite = |name: &'static str, arguments: &[&str], more: &[&str]| -> Result<()> {
         interrupt::check()?;
@@ -60,7 +62,8 @@ fn steps(options: &Options, clock: &mut Clock) -> Result<()> {
     };
     if options.filter.is_none() {
         suite("unit tests", &unit, &[])?;
-        suite("examples in documents", &documented, &[])?;
+        suite("unit tests of the lab", &lab, &[])?;
+        suite("examples of the lab", &examples, &[])?;
     }
     let mut more = vec!["--test-threads=1"];
     more.extend(options.filter.as_deref());

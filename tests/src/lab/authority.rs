@@ -8,7 +8,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use serde_json::json;
 
 use super::network::CONTROL;
@@ -17,7 +17,6 @@ use crate::cgroup::Cgroup;
 use crate::manifests;
 use crate::netns::Netns;
 use crate::process::{Place, Process};
-use crate::wait;
 
 const READY: Duration = Duration::from_secs(20);
 
@@ -107,15 +106,13 @@ impl Authority {
         command.envs(environment.iter().map(|(name, value)| (name, value)));
         let mut process = Process::start("ca", command, &self.place.dir.join("ca.log"))?;
         let root = self.root_file();
-        wait::until_true("the CA to listen", READY, || {
-            process.check_alive()?;
+        process.until("the CA to listen", READY, |_| {
             let reached = self.place.netns.enter(|| {
                 TcpStream::connect_timeout(&Self::address(), Duration::from_secs(1))?;
                 Ok(())
             });
             Ok(root.exists() && reached.is_ok())
-        })
-        .with_context(|| crate::process::tail(process.log(), 15))?;
+        })?;
         Ok(process)
     }
 }

@@ -199,7 +199,7 @@ impl Lab {
     pub fn start_agent(&self, side: Side) -> Result<()> {
         let agent = self.node(side)?.agent();
         let mut process = agent.spawn(&self.agent_arguments, &self.environment)?;
-        agent.wait_ready(Some(&mut process))?;
+        agent.wait_ready(&mut process)?;
         self.lock().agents.insert(side.node().to_owned(), process);
         Ok(())
     }
@@ -254,7 +254,7 @@ impl Lab {
             running.push((side, agent, process));
         }
         for (side, agent, mut process) in running {
-            agent.wait_ready(Some(&mut process))?;
+            agent.wait_ready(&mut process)?;
             self.lock().agents.insert(side.node().to_owned(), process);
         }
         Ok(())

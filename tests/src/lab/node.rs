@@ -154,22 +154,14 @@ impl Agent {
         Process::start(&name, command, &self.log())
     }
 
-    /// Waits until it says that it is ready; `running` is its process, to notice an early end.
-    pub fn wait_ready(&self, mut running: Option<&mut Process>) -> Result<()> {
-        let what = format!("the agent of {} to be ready", self.node.record.name);
-        wait::until_true(&what, READY, || {
-            if let Some(process) = running.as_deref_mut()
-                && process.ended()?.is_some()
-            {
-                // An error would be taken as "not yet".
-                return Ok(true);
-            }
-            let address = self.readiness_address();
+    /// Waits until it says that it is ready; `process` is the one that was started.
+    pub fn wait_ready(&self, process: &mut Process) -> Result<()> {
+        let what = format!("{} to be ready", process.name());
+        let address = self.readiness_address();
+        process.until(&what, READY, |_| {
             http::get(&self.place.netns, address, "/readyz", "*/*")?.success()?;
             Ok(true)
         })
-        .with_context(|| process::tail(&self.log(), 15))?;
-        running.map_or(Ok(()), Process::check_alive)
     }
 
     /// Sends it a signal.
