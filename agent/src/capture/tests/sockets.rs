@@ -219,6 +219,55 @@ async fn a_delivery_goes_round_real_connections_that_nobody_told_it_of() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn more_deliveries_than_there_are_source_ports_go_to_one_app_one_after_the_other() {
+    const DELIVERIES: usize = 6_000;
+    let world = World::new(1);
+    let running = world.enrolled(Mode::Strict).await;
+    let pod = &world.pods[0];
+    let enrolled = running.capture.enrolled(&pod.uid()).unwrap();
+    let destination = pod.v4(8080);
+    let app = pod
+        .namespace
+        .run(move || TcpListener::bind(destination).unwrap());
+    // Every other connection is closed first by the app, the rest by us, so that both ends have
+    // connections in TIME_WAIT.
+    let app = std::thread::spawn(move || {
+        for number in 0..DELIVERIES {
+            let (mut stream, _) = app.accept().unwrap();
+            if number % 2 == 0 {
+                stream.shutdown(std::net::Shutdown::Write).unwrap();
+            }
+            let mut text = String::new();
+            stream.read_to_string(&mut text).unwrap();
+            assert_eq!(text, "hello");
+        }
+    });
+    for number in 0..DELIVERIES {
+        let mut stream = enrolled
+            .connect(Dial::Deliver {
+                source: "10.1.2.3:1".parse().unwrap(),
+                destination,
+            })
+            .await
+            .unwrap_or_else(|error| panic!("delivery {number}: {error}"));
+        stream.write_all(b"hello").await.unwrap();
+        let mut text = String::new();
+        if number % 2 == 0 {
+            stream.read_to_string(&mut text).await.unwrap();
+            stream.shutdown().await.unwrap();
+        } else {
+            stream.shutdown().await.unwrap();
+            stream.read_to_string(&mut text).await.unwrap();
+        }
+        end_in_order(&stream).unwrap();
+    }
+    joined(app).await;
+    let counters: std::collections::BTreeMap<_, _> =
+        running.capture.counters().into_iter().collect();
+    assert_eq!(counters["delivery_unanswered"], 0, "{counters:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_pod_that_connects_to_the_probes_destination_gets_nothing_and_stays_in_the_mesh() {
     let world = World::new(1);
     let mut running = world.enrolled(Mode::Permissive).await;
