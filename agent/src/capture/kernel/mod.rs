@@ -8,6 +8,7 @@ mod error;
 mod maps;
 mod object;
 mod pins;
+mod reach;
 mod status;
 mod targets;
 
@@ -30,6 +31,7 @@ pub use undermesh_common::{CAPTURE_MARK, Family, HBONE_PORT, Intent, ListenerKin
 use self::maps::Maps;
 use self::object::{CONNECT4, CONNECT6, LOOKUP, Loader, SOCK_OPS};
 use self::pins::{Pins, Target};
+use self::reach::Reach;
 use super::sys::{self, AttachType};
 use crate::mesh::{CaptureTarget, Mode};
 
@@ -75,6 +77,7 @@ pub struct Kernel {
     loader: Mutex<Loader>,
     /// What the kernel holds of [`Kernel::set_targets`].
     targets: Mutex<BTreeSet<CaptureTarget>>,
+    reach: Reach,
 }
 
 /// The programs at the cgroup: name, pin, hook.
@@ -112,14 +115,20 @@ impl Kernel {
                 .map_err(|source| KernelError::Attach { program, source })?;
         }
         let targets = targets::read(&maps.targets)?;
-        let kernel = Self {
+        let mut kernel = Self {
             options: options.clone(),
             pins,
             maps,
             loader: Mutex::new(loader),
             targets: Mutex::new(targets),
+            reach: Reach::Unknown,
         };
         kernel.forget_leftover_intents(&intents)?;
+        kernel.reach = Reach::probe(&kernel)?;
+        if kernel.reach != Reach::Seen {
+            let FeatureStatus { name, reason, .. } = kernel.reach.feature();
+            tracing::warn!(feature = name, cgroup = %options.cgroup.display(), "{reason}");
+        }
         Ok(kernel)
     }
 
@@ -281,7 +290,7 @@ impl Kernel {
             foreign_programs: self.foreign_programs(),
             maps: self.map_fill(),
             verdicts: self.counters().into_iter().collect(),
-            features: FEATURES.to_vec(),
+            features: FEATURES.into_iter().chain([self.reach.feature()]).collect(),
         }
     }
 
