@@ -2,7 +2,9 @@
 
 use core::mem::size_of;
 
-use crate::{Admission, CAPTURE_MARK, ListenerKey, Pod, PodConstants, Target, Tuple, Verdict};
+use crate::{
+    Admission, CAPTURE_MARK, ListenerKey, NativeTraffic, Pod, PodConstants, Target, Tuple, Verdict,
+};
 
 /// How many entries each map holds at most. None is allocated before it is used.
 pub mod bounds {
@@ -33,6 +35,7 @@ pub const LAYOUT: u64 = {
         size_of::<Admission>() as u64,
         size_of::<Pod>() as u64,
         size_of::<PodConstants>() as u64,
+        size_of::<NativeTraffic>() as u64,
         bounds::PODS as u64,
         bounds::TARGETS as u64,
         bounds::INTENTS as u64,
@@ -93,6 +96,7 @@ mod tests {
         assert_eq!(size_of::<Admission>(), 8 + 8 + 4 + 4);
         assert_eq!(size_of::<Pod>(), 16 + 16 + 4 + 4);
         assert_eq!(size_of::<PodConstants>(), 8 + 40);
+        assert_eq!(size_of::<NativeTraffic>(), 5 * 8);
     }
 
     #[test]

@@ -8,9 +8,11 @@ use aya_ebpf::{
     btf_maps::SkStorage,
     helpers::{bpf_map_lookup_elem, bpf_sk_release},
     macros::{btf_map, map},
-    maps::{Array, HashMap, PerCpuArray, SockHash},
+    maps::{Array, HashMap, PerCpuArray, PerCpuHashMap, SockHash},
 };
-use undermesh_common::{Admission, ListenerKey, Pod, PodConstants, Target, Tuple, Verdict, bounds};
+use undermesh_common::{
+    Admission, ListenerKey, NativeTraffic, Pod, PodConstants, Target, Tuple, Verdict, bounds,
+};
 
 /// Enrolled pods by the cookie of their network namespace.
 #[map]
@@ -38,6 +40,11 @@ pub static LISTENERS: SockHash<ListenerKey> = SockHash::with_max_entries(bounds:
 /// One counter per verdict and CPU.
 #[map]
 pub static VERDICTS: PerCpuArray<u64> = PerCpuArray::with_max_entries(Verdict::COUNT, 0);
+
+/// Native traffic of enrolled pods; the agent makes and removes the entries.
+#[map]
+pub static NATIVE: PerCpuHashMap<u64, NativeTraffic> =
+    PerCpuHashMap::with_max_entries(bounds::PODS, BPF_F_NO_PREALLOC);
 
 /// The note on a captured socket, by which its mark is set again before the SYN is routed.
 #[btf_map]

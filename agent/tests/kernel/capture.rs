@@ -1,8 +1,11 @@
 //! What a pod opens: captured, or left alone.
 
+use std::collections::BTreeSet;
 use std::io::{self, Read as _, Write as _};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::fd::AsFd as _;
+use std::sync::mpsc;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use nix::sys::socket::{setsockopt, sockopt};
@@ -12,7 +15,7 @@ use undermesh::mesh::Mode;
 
 use crate::fixture::{
     Fixture, LIMIT, PEER_V4, PEER_V6, POD_V4, POD_V6, SERVICE_V4, SERVICE_V6, accept, capture,
-    counters, is_idle, target,
+    counters, is_idle, target, wait_until,
 };
 
 /// Much less than a SYN's first retransmission, after which a dropped connection is noticed.
@@ -115,6 +118,81 @@ fn what_is_not_mesh_is_untouched() {
 }
 
 #[test]
+fn native_connections_are_counted_with_their_bytes_when_they_are_closed() {
+    let fixture = Fixture::new();
+    let kernel = fixture.load();
+    assert!(kernel.native_traffic(fixture.netns_cookie).is_none());
+    fixture.enrol(&kernel, Mode::Strict);
+    let _agent = fixture.listen(&kernel, Family::V4, ListenerKind::Outbound);
+    capture(&kernel, &[target(SERVICE_V4, None)]);
+    let own = fixture.pod.bind(POD_V4);
+    for ip in [IpAddr::from(PEER_V4), PEER_V6.into()] {
+        let server = fixture.peer.bind(ip);
+        let mut client = fixture.pod.connect(server.local_addr().unwrap()).unwrap();
+        let (mut accepted, _) = accept(&server);
+        accepted.set_nonblocking(false).unwrap();
+        accepted.write_all(&[1; 1000]).unwrap();
+        client.read_exact(&mut [0; 1000]).unwrap();
+        client.write_all(&[2; 300]).unwrap();
+        accepted.read_exact(&mut [0; 300]).unwrap();
+        drop(accepted);
+        assert_eq!(client.read(&mut [0; 1]).unwrap(), 0);
+    }
+    // Neither these two, to the mesh and to itself.
+    drop(fixture.pod.connect((SERVICE_V4, 80)).unwrap());
+    drop(fixture.pod.connect(own.local_addr().unwrap()).unwrap());
+    let traffic = || kernel.native_traffic(fixture.netns_cookie).unwrap();
+    wait_until("two connections are counted", || traffic().connections == 2);
+    // The kernel's counters include the byte that a FIN takes of the sequence.
+    assert!((2000..=2002).contains(&traffic().received_bytes));
+    assert!((600..=604).contains(&traffic().sent_bytes));
+    // Enrolled again, it goes on; un-enrolled, it is forgotten.
+    fixture.enrol(&kernel, Mode::Permissive);
+    assert_eq!(traffic().connections, 2);
+    kernel.remove_pod(fixture.netns_cookie).unwrap();
+    assert!(kernel.native_traffic(fixture.netns_cookie).is_none());
+}
+
+#[test]
+fn each_of_many_connections_at_once_reports_its_own_destination() {
+    const THREADS: u16 = 4;
+    const EACH: u16 = 250;
+    let fixture = Fixture::new();
+    let kernel = fixture.load();
+    fixture.enrol(&kernel, Mode::Strict);
+    let agent = fixture.listen(&kernel, Family::V4, ListenerKind::Outbound);
+    capture(&kernel, &[target(SERVICE_V4, None)]);
+    // Two connections may share a source port, as their destinations differ.
+    let mut arrived = BTreeSet::new();
+    let mut opened = BTreeSet::new();
+    let (sender, receiver) = mpsc::channel();
+    thread::scope(|scope| {
+        for thread in 0..THREADS {
+            let (sender, fixture) = (sender.clone(), &fixture);
+            scope.spawn(move || {
+                fixture.pod.enter(|| {
+                    for port in 1 + thread * EACH..1 + (thread + 1) * EACH {
+                        let client = TcpStream::connect((SERVICE_V4, port)).unwrap();
+                        sender.send((port, client)).unwrap();
+                    }
+                });
+            });
+        }
+        for _ in 0..THREADS * EACH {
+            let (accepted, peer) = accept(&agent);
+            arrived.insert((peer, accepted.local_addr().unwrap()));
+        }
+    });
+    drop(sender);
+    for (port, client) in receiver {
+        let destination = SocketAddr::from((SERVICE_V4, port));
+        opened.insert((client.local_addr().unwrap(), destination));
+    }
+    assert_eq!(arrived.len(), usize::from(THREADS * EACH));
+    assert_eq!(arrived, opened);
+}
+
+#[test]
 fn a_namespace_that_is_not_enrolled_is_untouched() {
     let fixture = Fixture::new();
     let kernel = fixture.load();
@@ -122,7 +200,7 @@ fn a_namespace_that_is_not_enrolled_is_untouched() {
     capture(&kernel, &[target(PEER_V6, None)]);
     fixture.pod.connect((PEER_V6, port(&server))).unwrap();
     accept(&server);
-    assert!(kernel.counters().iter().all(|(_, count)| *count == 0));
+    assert!(counters(&kernel).values().all(|count| *count == 0));
 }
 
 #[test]
@@ -151,7 +229,7 @@ fn udp_is_untouched() {
         .unwrap();
     let length = unconnected.recv(&mut buffer).unwrap();
     assert_eq!(&buffer[..length], b"answer");
-    assert!(kernel.counters().iter().all(|(_, count)| *count == 0));
+    assert!(counters(&kernel).values().all(|count| *count == 0));
 }
 
 #[test]

@@ -12,7 +12,9 @@ use undermesh::capture::kernel::{
 };
 use undermesh::mesh::Mode;
 
-use crate::fixture::{Fixture, PEER_V4, SERVICE_V4, accept, capture, counters, is_idle, target};
+use crate::fixture::{
+    Fixture, PEER_V4, SERVICE_V4, accept, capture, counters, is_idle, target, wait_until,
+};
 
 #[test]
 fn a_second_load_adopts_links_and_maps_and_loses_nothing() {
@@ -123,11 +125,7 @@ fn a_lookup_instance_of_a_deleted_namespace_says_so() {
     let cookie = fixture.netns_cookie;
     let (pod, peer, pins, cgroup) = (fixture.pod, fixture.peer, fixture.pins, fixture.cgroup);
     drop(pod);
-    let deadline = std::time::Instant::now() + crate::fixture::LIMIT;
-    while kernel.lookup_attached(cookie) {
-        assert!(std::time::Instant::now() < deadline);
-        thread::sleep(std::time::Duration::from_millis(1));
-    }
+    wait_until("the namespace is gone", || !kernel.lookup_attached(cookie));
     let status = kernel.status();
     let lookup = status.programs.last().unwrap();
     assert_eq!(lookup.attached, AttachPoint::Detached);
@@ -135,6 +133,28 @@ fn a_lookup_instance_of_a_deleted_namespace_says_so() {
     kernel.detach_lookup(cookie).unwrap();
     assert!(kernel.lookups().is_empty());
     drop((peer, pins, cgroup));
+}
+
+#[test]
+fn the_status_tells_whether_the_agents_own_sockets_are_seen() {
+    let fixture = Fixture::new();
+    let seen = |kernel: &Kernel| {
+        let features = kernel.status().features;
+        let feature = features
+            .iter()
+            .find(|feature| feature.name == "own_sockets_seen");
+        feature.unwrap().used
+    };
+    assert!(seen(&fixture.load()));
+    // A cgroup beside this process.
+    let mut options = fixture.options();
+    options.cgroup.push("elsewhere");
+    fs::create_dir(&options.cgroup).unwrap();
+    let kernel = Kernel::load(&options);
+    let answer = kernel.as_ref().map(seen);
+    drop(kernel.as_ref().map(Kernel::uninstall));
+    fs::remove_dir(&options.cgroup).unwrap();
+    assert!(!answer.unwrap());
 }
 
 #[test]

@@ -4,9 +4,10 @@ use std::io;
 use std::os::fd::BorrowedFd;
 
 use aya::Pod;
-use aya::maps::{HashMap, MapData, MapError, PerCpuArray, SockHash};
+use aya::maps::{HashMap, MapData, MapError, PerCpuArray, PerCpuHashMap, PerCpuValues, SockHash};
+use aya::util::nr_cpus;
 use parking_lot::Mutex;
-use undermesh_common::{Admission, ListenerKey, Target, Tuple, Verdict, bounds};
+use undermesh_common::{Admission, ListenerKey, NativeTraffic, Target, Tuple, Verdict, bounds};
 
 use super::{KernelError, object::Loaded};
 
@@ -86,6 +87,56 @@ impl Listeners {
     }
 }
 
+/// Native traffic of the pods.
+pub(super) struct Native {
+    map: Mutex<PerCpuHashMap<MapData, u64, NativeTraffic>>,
+}
+
+impl Native {
+    const NAME: &'static str = "NATIVE";
+
+    /// Begins to count for a pod; goes on where it is counted already.
+    pub(super) fn watch(&self, netns_cookie: u64) -> Result<(), KernelError> {
+        let zeros = nr_cpus()
+            .map_err(|(_, error)| error)
+            .and_then(|cpus| PerCpuValues::try_from(vec![NativeTraffic::default(); cpus]))
+            .map_err(|source| KernelError::Map {
+                map: Self::NAME,
+                source: source.into(),
+            })?;
+        let result = self
+            .map
+            .lock()
+            .insert(netns_cookie, zeros, u64::from(BPF_NOEXIST));
+        match result {
+            Err(source) if errno(&source) == Some(libc::EEXIST) => Ok(()),
+            other => other.map_err(|source| error(Self::NAME, bounds::PODS, source)),
+        }
+    }
+
+    pub(super) fn forget(&self, netns_cookie: u64) -> Result<(), KernelError> {
+        let result = self.map.lock().remove(&netns_cookie);
+        absent_is_fine(result, Self::NAME, bounds::PODS)
+    }
+
+    /// Over all CPUs, none for a pod that is not watched.
+    pub(super) fn of(&self, netns_cookie: u64) -> Option<NativeTraffic> {
+        let values = self.map.lock().get(&netns_cookie, 0).ok()?;
+        let mut sum = NativeTraffic::default();
+        for value in values.iter() {
+            sum.connections += value.connections;
+            sum.sent_bytes += value.sent_bytes;
+            sum.received_bytes += value.received_bytes;
+            sum.retransmits += value.retransmits;
+            sum.rtt_sum += value.rtt_sum;
+        }
+        Some(sum)
+    }
+}
+
+/// `BPF_NOEXIST` of include/uapi/linux/bpf.h.
+const BPF_NOEXIST: u32 = 1;
+
 /// All maps.
 pub(super) struct Maps {
     pub(super) pods: Table<u64, undermesh_common::Pod>,
@@ -93,6 +144,7 @@ pub(super) struct Maps {
     pub(super) intents: Table<u64, u32>,
     pub(super) admitted: Table<Tuple, Admission>,
     pub(super) listeners: Listeners,
+    pub(super) native: Native,
     verdicts: PerCpuArray<MapData, u64>,
 }
 
@@ -100,6 +152,10 @@ impl Maps {
     pub(super) fn new(loaded: &mut Loaded) -> Result<Self, KernelError> {
         let sockets = |source| KernelError::Map {
             map: Listeners::NAME,
+            source,
+        };
+        let native = |source| KernelError::Map {
+            map: Native::NAME,
             source,
         };
         let counters = |source| KernelError::Map {
@@ -114,6 +170,11 @@ impl Maps {
             listeners: Listeners {
                 map: Mutex::new(
                     SockHash::try_from(loaded.take_map(Listeners::NAME)?).map_err(sockets)?,
+                ),
+            },
+            native: Native {
+                map: Mutex::new(
+                    PerCpuHashMap::try_from(loaded.take_map(Native::NAME)?).map_err(native)?,
                 ),
             },
             verdicts: PerCpuArray::try_from(loaded.take_map("VERDICTS")?).map_err(counters)?,

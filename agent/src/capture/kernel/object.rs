@@ -13,13 +13,14 @@ use super::KernelError;
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/undermesh-ebpf"));
 
 /// Maps that all programs share, and the names of their pins.
-const SHARED_MAPS: [(&str, &str); 7] = [
+const SHARED_MAPS: [(&str, &str); 8] = [
     ("PODS", "pods"),
     ("TARGETS", "targets"),
     ("INTENTS", "intents"),
     ("ADMITTED", "admitted"),
     ("LISTENERS", "listeners"),
     ("VERDICTS", "verdicts"),
+    ("NATIVE", "native"),
     ("NOTES", "notes"),
 ];
 
