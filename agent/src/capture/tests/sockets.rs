@@ -89,6 +89,44 @@ async fn a_client_comes_out_with_its_true_destination_and_sees_true_addresses() 
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn none_of_many_connections_at_once_is_lost_or_taken_for_another() {
+    const THREADS: u16 = 8;
+    const EACH: u16 = 250;
+    let world = World::new(2);
+    let mut running = world.enrolled(Mode::Strict).await;
+    let [pod, other] = &world.pods[..] else {
+        panic!("two pods");
+    };
+    // Each connection to a port of its own, so that each is told from all others.
+    let address = other.v4;
+    let clients: Vec<_> = (0..THREADS)
+        .map(|thread| {
+            pod.namespace.spawn(move || {
+                (0..EACH)
+                    .map(|number| {
+                        let to = SocketAddr::new(address, 1_000 + thread * EACH + number);
+                        let stream = TcpStream::connect_timeout(&to, LIMIT).unwrap();
+                        (stream.local_addr().unwrap(), stream.peer_addr().unwrap())
+                    })
+                    .collect::<Vec<_>>()
+            })
+        })
+        .collect();
+    let mut seen = std::collections::BTreeSet::new();
+    for _ in 0..THREADS * EACH {
+        let accepted = running.next().await;
+        assert_eq!(accepted.role, Role::Outbound);
+        seen.insert((accepted.peer, accepted.local));
+    }
+    let mut opened = std::collections::BTreeSet::new();
+    for client in clients {
+        opened.extend(joined(client).await);
+    }
+    assert_eq!(seen, opened);
+    assert_eq!(seen.len(), usize::from(THREADS * EACH));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_stream_that_did_not_end_in_order_is_reset() {
     let world = World::new(1);
     let mut running = world.enrolled(Mode::Permissive).await;
