@@ -262,7 +262,7 @@ pub fn postgres(pod: &PodHandle, port: u16) -> Result<Process> {
     #[rustfmt::skip]
     let serve = [
         "-D", &data, "-p", &port_text, "-k", &here, "-c", "listen_addresses=*", "-c", "fsync=off",
-        "-c", "max_connections=200",
+        "-c", "max_connections=200", "-c", "log_connections=on",
     ];
     let mut process = pod.spawn("postgres", "setpriv", &with(&program("postgres"), &serve))?;
     let socket = dir.join(format!(".s.PGSQL.{port}"));

@@ -22,6 +22,7 @@
 
 pub mod apps;
 pub mod cgroup;
+pub mod figures;
 pub mod http;
 pub mod interrupt;
 pub mod machine;

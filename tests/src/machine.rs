@@ -35,6 +35,8 @@ pub const REDIS_TOOLS: Tool = tool("redis-benchmark", "redis-tools");
 pub const POSTGRES: Tool = tool("pg_ctlcluster", "postgresql");
 /// pgbench comes with the server's package.
 pub const PGBENCH: Tool = tool("pgbench", "postgresql");
+/// openssl.
+pub const OPENSSL: Tool = tool("openssl", "openssl");
 /// iperf3.
 pub const IPERF3: Tool = tool("iperf3", "iperf3");
 

@@ -1,7 +1,6 @@
 //! `cargo xtask demo`: real programs in pods of two nodes, one agent per node, and what each side counted.
 
 mod clients;
-mod figures;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -10,12 +9,12 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use clap::Args;
 use serde_json::{Map, Value, json};
+use undermesh_lab::figures::Figures;
 use undermesh_lab::traffic::{ClientOptions, Latency, ServeOptions};
 use undermesh_lab::wire::Packets;
 use undermesh_lab::{Agent, Lab, Side, interrupt, machine, random_hex, wait};
 
 use self::clients::{Clients, Opened};
-use self::figures::Figures;
 use crate::cluster::{self, Servers};
 use crate::programs;
 use crate::report::{self, Checks};

@@ -229,6 +229,12 @@ impl Lab {
         state::take_down(id)
     }
 
+    /// Waits until the agent of its node says that the pod is in the mesh.
+    pub fn wait_enrolled(&self, pod: &PodHandle) -> Result<()> {
+        let agent = NodeHandle::open(&self.lock().state, &pod.record().node)?.agent();
+        agent.wait_enrolled(&pod.full_name())
+    }
+
     /// Starts the CA and both agents, and waits until they are ready: for a lab that was built without.
     pub fn start_mesh(&self) -> Result<()> {
         let lifetime = self.certificate_lifetime.as_deref();

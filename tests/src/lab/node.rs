@@ -196,6 +196,21 @@ impl Agent {
         serde_json::from_str(&body).with_context(|| format!("{path}: {body:.200}"))
     }
 
+    /// Waits until it says that the pod (`namespace/name`) is in the mesh.
+    pub fn wait_enrolled(&self, pod: &str) -> Result<()> {
+        let mut last = Value::Null;
+        wait::until_true(&format!("{pod} to be enrolled"), READY, || {
+            let pods = self.admin("/pods")?;
+            let mut pods = pods.as_array().context("/pods is no list")?.iter();
+            last = pods
+                .find(|one| one["name"] == pod)
+                .cloned()
+                .unwrap_or_default();
+            Ok(last["phase"] == "enrolled")
+        })
+        .with_context(|| format!("/pods says {last}"))
+    }
+
     /// Its metrics, as text.
     pub fn metrics(&self) -> Result<String> {
         http::get(&self.place.netns, self.metrics_address(), "/metrics", "*/*")?.success()

@@ -47,6 +47,12 @@ impl PodHandle {
         &self.record.name
     }
 
+    /// `namespace/name`.
+    #[must_use]
+    pub fn full_name(&self) -> String {
+        format!("{}/{}", self.record.namespace, self.record.name)
+    }
+
     /// Its IPv4 address.
     #[must_use]
     pub fn ip(&self) -> IpAddr {
