@@ -40,7 +40,7 @@ pub fn install(packages: &[&str]) -> Result<()> {
     }
     println!("installing from Debian: {names}");
     if missing.iter().any(|package| !is_available(package)) {
-        execute(Command::new("apt-get").arg("update"))?;
+        update()?;
     }
     execute(
         Command::new("apt-get")
@@ -48,6 +48,11 @@ pub fn install(packages: &[&str]) -> Result<()> {
             .args(["install", "--yes", "--no-install-recommends"])
             .args(&missing),
     )
+}
+
+/// Fetches the lists of packages, which a bare machine does not have. Needs root.
+pub fn update() -> Result<()> {
+    execute(Command::new("apt-get").arg("update"))
 }
 
 /// Whether the package is installed.

@@ -113,7 +113,11 @@ impl Toolchain {
 
     fn debian(workspace: &Path) -> Result<Self> {
         let compiled = "libstd-rust-web-dev-bpf";
-        let core = if debian::is_installed(compiled) || debian::is_available(compiled) {
+        let known = || debian::is_installed(compiled) || debian::is_available(compiled);
+        if !known() && debian::is_debian() && debian::is_root() {
+            debian::update()?;
+        }
+        let core = if known() || !debian::is_debian() {
             Core::Precompiled
         } else {
             Core::FromSource

@@ -218,7 +218,8 @@ fn read(stream: &TcpStream) -> io::Result<(SocketAddr, u32)> {
     Ok((unmapped(stream.local_addr()?), socket.mark()?))
 }
 
-fn is_exhaustion(error: &io::Error) -> bool {
+/// Whether the process or the node has no descriptor or no memory left.
+pub(super) fn is_exhaustion(error: &io::Error) -> bool {
     matches!(
         error.raw_os_error(),
         Some(libc::EMFILE | libc::ENFILE | libc::ENOBUFS | libc::ENOMEM)

@@ -73,6 +73,9 @@ pub enum EnrolError {
     /// All is laid, but it has no effect.
     #[error(transparent)]
     Probe(#[from] ProbeError),
+    /// Nothing is accepted for want of descriptors or memory, so nothing can be proven.
+    #[error("the agent is short of descriptors or memory")]
+    Exhausted,
     /// It took longer than it may.
     #[error("not done within {0:?}")]
     Late(Duration),

@@ -202,6 +202,18 @@ impl Capture {
         self.tasks.wait().await;
         let left = reconcile::leftovers(&self.tools, &self.registry, &[]).await?;
         reconcile::remove(&self.tools, &self.registry, &left, &[]).await;
-        on_kernel(&self.tools.kernel, |kernel| kernel.uninstall()).await
+        on_kernel(&self.tools.kernel, |kernel| {
+            kernel.clear_former_layouts()?;
+            kernel.uninstall()
+        })
+        .await
+    }
+}
+
+impl Drop for Capture {
+    /// As [`Capture::shutdown`], without waiting.
+    fn drop(&mut self) {
+        self.stop.cancel();
+        self.stop_pods.cancel();
     }
 }

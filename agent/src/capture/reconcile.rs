@@ -137,6 +137,7 @@ impl Reconciler {
         if !self.registry.synced() {
             return FIRST_SWEEP;
         }
+        self.clear_former_layouts().await;
         match leftovers(&self.tools, &self.registry, &expected(&self.node, snapshot)).await {
             Ok(records) if records.is_empty() => {}
             Ok(records) => {
@@ -149,6 +150,24 @@ impl Reconciler {
             }
         }
         SWEEP
+    }
+}
+
+impl Reconciler {
+    /// Programs of an agent with another layout did what their failure mode says until the pods
+    /// were enrolled anew; from now on they would only be in the way.
+    async fn clear_former_layouts(&self) {
+        match on_kernel(&self.tools.kernel, |kernel| kernel.clear_former_layouts()).await {
+            Ok(cleared) => {
+                for directory in cleared {
+                    tracing::info!(pins = %directory.display(), "removed a former agent's programs");
+                }
+            }
+            Err(error) => {
+                let error = with_causes(&error);
+                tracing::warn!(error, "cannot remove a former agent's programs");
+            }
+        }
     }
 }
 

@@ -242,3 +242,48 @@ fn domain(family: Family) -> Domain {
         Family::V6 => Domain::IPV6,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_listener_of_the_pods_own_namespace_and_family_is_adopted() {
+        let listener = || Listener::open(Family::V4, ListenerKind::Inbound).unwrap();
+        let cookie = sys::netns_cookie(listener().socket.as_fd()).unwrap();
+        let adopt = |descriptor, family, cookie| {
+            Listener::adopt(descriptor, family, ListenerKind::Inbound, cookie)
+        };
+        let first = listener();
+        let address = first.socket.local_addr().unwrap();
+        let adopted = adopt(first.socket.into(), Family::V4, cookie).unwrap();
+        assert_eq!(adopted.socket.local_addr().unwrap(), address);
+        assert!(address.ip().is_loopback());
+
+        let error = adopt(listener().socket.into(), Family::V4, cookie + 1).unwrap_err();
+        assert!(matches!(error, AdoptError::OtherNetns { .. }), "{error}");
+        let error = adopt(listener().socket.into(), Family::V6, cookie).unwrap_err();
+        assert!(matches!(error, AdoptError::OtherFamily), "{error}");
+        let connected = new_socket(Family::V4).unwrap();
+        let error = adopt(connected.into(), Family::V4, cookie).unwrap_err();
+        assert!(matches!(error, AdoptError::NotListening), "{error}");
+    }
+
+    #[test]
+    fn a_pod_has_at_most_one_address_of_each_family() {
+        let addresses: PodAddresses = ["10.0.0.5", "fd00::5", "10.0.0.6"]
+            .into_iter()
+            .map(|address| address.parse::<IpAddr>().unwrap())
+            .collect();
+        assert!(addresses.contains("10.0.0.5".parse().unwrap()));
+        assert!(addresses.contains("fd00::5".parse().unwrap()));
+        assert!(!addresses.contains("10.0.0.6".parse().unwrap()));
+        assert_eq!(addresses.families().count(), 2);
+    }
+
+    #[test]
+    fn a_mapped_address_is_told_as_what_it_is() {
+        let mapped: SocketAddr = "[::ffff:10.0.0.5]:80".parse().unwrap();
+        assert_eq!(unmapped(mapped), "10.0.0.5:80".parse().unwrap());
+    }
+}

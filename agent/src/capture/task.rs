@@ -9,11 +9,12 @@ use tokio::sync::watch;
 use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
+use super::accept::is_exhaustion;
 use super::backoff::{Backoff, spread};
 use super::counters::Event;
 use super::enrol::{self, EnrolError, Enrolment, Followed, Tools};
 use super::netns::{Netns, NetnsError};
-use super::probe::Proof;
+use super::probe::{ProbeError, Proof};
 use super::registry::{Claim, PodSlot, Registry};
 use super::status::{Phase, with_causes};
 use crate::mesh::{Mode, Workload};
@@ -25,11 +26,21 @@ const RETRY: Backoff = Backoff {
 };
 /// Between verifications of a pod that is in the mesh, spread by a fifth.
 const VERIFY: Duration = Duration::from_secs(5);
-/// After so many failed verifications in a row, a PERMISSIVE pod is taken out of the mesh again:
+/// After so many verifications in a row that found capture without effect, a PERMISSIVE pod is taken out of the mesh again:
 /// its traffic matters more than the mesh. A STRICT pod stays: nothing may pass by.
 const VERIFY_FAILURES: u32 = 3;
 /// How long one attempt may take.
 const ATTEMPT: Duration = Duration::from_secs(15);
+
+/// Whether a failure says that capture does not work, and not that the agent has a problem of its
+/// own.
+fn is_without_effect(error: &EnrolError) -> bool {
+    match error {
+        EnrolError::Probe(ProbeError::Lost { .. } | ProbeError::Source { .. }) => true,
+        EnrolError::Probe(ProbeError::Connect { source, .. }) => !is_exhaustion(source),
+        _ => false,
+    }
+}
 
 /// What is wanted of a pod.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -146,6 +157,7 @@ impl PodTask {
             self.slot.status.lock().repaired += repaired as u64;
         }
         let captured = enrolment.pod.captured_count();
+        let rests = self.tools.counters.get(Event::AcceptBackoff);
         match enrolment.prove(&self.tools).await {
             Ok(proof) => {
                 laid.proven = true;
@@ -155,6 +167,9 @@ impl PodTask {
             // A pod that floods its own listener may lose the probe, but not by it get out of the
             // mesh: what came out meanwhile proves as much.
             Err(_) if laid.proven && enrolment.pod.captured_count() > captured => Ok(Followed::Yes),
+            Err(_) if self.tools.counters.get(Event::AcceptBackoff) > rests => {
+                Err(EnrolError::Exhausted)
+            }
             Err(error) => Err(error),
         }
     }
@@ -233,6 +248,7 @@ impl PodTask {
                 tracing::warn!(pod = %workload.name, error = text, "not enrolled");
             }
             if mode == Mode::Permissive
+                && is_without_effect(error)
                 && laid
                     .as_ref()
                     .is_some_and(|laid| !laid.proven || status.failures >= VERIFY_FAILURES)

@@ -194,8 +194,16 @@ pub fn capture(kernel: &Kernel, targets: &[CaptureTarget]) {
         .unwrap();
 }
 
+/// The counters, without the one connection of its own that the first load looks for.
 pub fn counters(kernel: &Kernel) -> BTreeMap<&'static str, u64> {
-    kernel.counters().into_iter().collect()
+    kernel
+        .counters()
+        .into_iter()
+        .map(|(name, count)| match name {
+            "tuple_admitted" | "tuple_removed" => (name, count.saturating_sub(1)),
+            _ => (name, count),
+        })
+        .collect()
 }
 
 /// Waits until a counter has this value: the kernel counts some verdicts after close(2) returned.

@@ -136,6 +136,28 @@ fn a_lookup_instance_of_a_deleted_namespace_says_so() {
 }
 
 #[test]
+fn the_status_tells_whether_the_agents_own_sockets_are_seen() {
+    let fixture = Fixture::new();
+    let seen = |kernel: &Kernel| {
+        let features = kernel.status().features;
+        let feature = features
+            .iter()
+            .find(|feature| feature.name == "own_sockets_seen");
+        feature.unwrap().used
+    };
+    assert!(seen(&fixture.load()));
+    // A cgroup beside this process.
+    let mut options = fixture.options();
+    options.cgroup.push("elsewhere");
+    fs::create_dir(&options.cgroup).unwrap();
+    let kernel = Kernel::load(&options);
+    let answer = kernel.as_ref().map(seen);
+    drop(kernel.as_ref().map(Kernel::uninstall));
+    fs::remove_dir(&options.cgroup).unwrap();
+    assert!(!answer.unwrap());
+}
+
+#[test]
 fn pins_elsewhere_than_on_a_bpffs_are_an_error_that_says_so() {
     let fixture = Fixture::new();
     let folder = tempfile::tempdir().unwrap();

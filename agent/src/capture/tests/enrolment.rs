@@ -336,6 +336,59 @@ async fn uninstalling_leaves_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_pod_that_gets_another_address_or_namespace_is_enrolled_anew() {
+    let world = World::new(2);
+    let [pod, other] = &world.pods[..] else {
+        panic!("two pods");
+    };
+    let mut snapshot = Snapshot::default();
+    snapshot.insert_workload(Arc::new(pod.workload(Mode::Strict)));
+    let running = world.start();
+    running.capture.apply(Arc::new(snapshot.clone()));
+    running.reaches(pod, Phase::Enrolled).await;
+    let first = running.capture.enrolled(&pod.uid()).unwrap();
+
+    // Only IPv4 is left.
+    let changed = Workload {
+        addresses: vec![pod.v4],
+        ..pod.workload(Mode::Strict)
+    };
+    snapshot.insert_workload(Arc::new(changed));
+    running.capture.apply(Arc::new(snapshot.clone()));
+    let second = running
+        .until("it has one family", || {
+            running
+                .capture
+                .enrolled(&pod.uid())
+                .filter(|now| now.addresses().v6.is_none())
+        })
+        .await;
+    assert!(first.gone().is_cancelled());
+    assert!(!second.gone().is_cancelled());
+
+    // The same pod, restarted elsewhere.
+    let before = pod.namespace.network();
+    let moved = Workload {
+        uid: pod.uid(),
+        ..other.workload(Mode::Strict)
+    };
+    snapshot.insert_workload(Arc::new(moved));
+    running.capture.apply(Arc::new(snapshot));
+    let third = running
+        .until("it is in the other namespace", || {
+            running
+                .capture
+                .enrolled(&pod.uid())
+                .filter(|now| now.netns_cookie() != first.netns_cookie())
+        })
+        .await;
+    assert_eq!(third.addresses().v4, Some("10.244.0.6".parse().unwrap()));
+    assert!(second.gone().is_cancelled());
+    assert_ne!(pod.namespace.network(), before);
+    assert_eq!(running.capture.kernel().pods().unwrap().len(), 1);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn each_pod_speaks_for_itself() {
     let world = World::new(3);
     let mut running = world.enrolled(Mode::Strict).await;

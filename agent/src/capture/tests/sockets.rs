@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
-use super::world::{LIMIT, Pod, VIP, VIP6, World};
-use crate::capture::{Dial, DialError, Role, end_in_order};
+use super::world::{LIMIT, Pod, Running, VIP, VIP6, World};
+use crate::capture::{CONNECTIONS_PER_POD, Dial, DialError, Role, end_in_order};
 use crate::mesh::Mode;
 
 /// An ordinary client: connects, says hello, reads to the end.
@@ -86,6 +86,44 @@ async fn a_client_comes_out_with_its_true_destination_and_sees_true_addresses() 
         assert_eq!(peer, to);
         assert_eq!(answer, "welcome");
     }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn none_of_many_connections_at_once_is_lost_or_taken_for_another() {
+    const THREADS: u16 = 8;
+    const EACH: u16 = 250;
+    let world = World::new(2);
+    let mut running = world.enrolled(Mode::Strict).await;
+    let [pod, other] = &world.pods[..] else {
+        panic!("two pods");
+    };
+    // Each connection to a port of its own, so that each is told from all others.
+    let address = other.v4;
+    let clients: Vec<_> = (0..THREADS)
+        .map(|thread| {
+            pod.namespace.spawn(move || {
+                (0..EACH)
+                    .map(|number| {
+                        let to = SocketAddr::new(address, 1_000 + thread * EACH + number);
+                        let stream = TcpStream::connect_timeout(&to, LIMIT).unwrap();
+                        (stream.local_addr().unwrap(), stream.peer_addr().unwrap())
+                    })
+                    .collect::<Vec<_>>()
+            })
+        })
+        .collect();
+    let mut seen = std::collections::BTreeSet::new();
+    for _ in 0..THREADS * EACH {
+        let accepted = running.next().await;
+        assert_eq!(accepted.role, Role::Outbound);
+        seen.insert((accepted.peer, accepted.local));
+    }
+    let mut opened = std::collections::BTreeSet::new();
+    for client in clients {
+        opened.extend(joined(client).await);
+    }
+    assert_eq!(seen, opened);
+    assert_eq!(seen.len(), usize::from(THREADS * EACH));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -199,13 +237,7 @@ async fn a_delivery_goes_round_real_connections_that_nobody_told_it_of() {
         assert_eq!(seen, client.v4(65_533));
         drop(stream);
     }
-    let unanswered = running
-        .capture
-        .counters()
-        .into_iter()
-        .find(|(name, _)| *name == "delivery_unanswered")
-        .unwrap();
-    assert!(unanswered.1 >= 2, "{unanswered:?}");
+    assert!(counted(&running, "delivery_unanswered") >= 2);
     // The real ones were not harmed.
     for (stream, (mut at_app, _)) in real {
         let conversation = tokio::spawn(converse(stream));
@@ -219,6 +251,53 @@ async fn a_delivery_goes_round_real_connections_that_nobody_told_it_of() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn more_deliveries_than_there_are_source_ports_go_to_one_app_one_after_the_other() {
+    const DELIVERIES: usize = 6_000;
+    let world = World::new(1);
+    let running = world.enrolled(Mode::Strict).await;
+    let pod = &world.pods[0];
+    let enrolled = running.capture.enrolled(&pod.uid()).unwrap();
+    let destination = pod.v4(8080);
+    let app = pod
+        .namespace
+        .run(move || TcpListener::bind(destination).unwrap());
+    // Every other connection is closed first by the app, the rest by us, so that both ends have
+    // connections in TIME_WAIT.
+    let app = std::thread::spawn(move || {
+        for number in 0..DELIVERIES {
+            let (mut stream, _) = app.accept().unwrap();
+            if number % 2 == 0 {
+                stream.shutdown(std::net::Shutdown::Write).unwrap();
+            }
+            let mut text = String::new();
+            stream.read_to_string(&mut text).unwrap();
+            assert_eq!(text, "hello");
+        }
+    });
+    for number in 0..DELIVERIES {
+        let mut stream = enrolled
+            .connect(Dial::Deliver {
+                source: "10.1.2.3:1".parse().unwrap(),
+                destination,
+            })
+            .await
+            .unwrap_or_else(|error| panic!("delivery {number}: {error}"));
+        stream.write_all(b"hello").await.unwrap();
+        let mut text = String::new();
+        if number % 2 == 0 {
+            stream.read_to_string(&mut text).await.unwrap();
+            stream.shutdown().await.unwrap();
+        } else {
+            stream.shutdown().await.unwrap();
+            stream.read_to_string(&mut text).await.unwrap();
+        }
+        end_in_order(&stream).unwrap();
+    }
+    joined(app).await;
+    assert_eq!(counted(&running, "delivery_unanswered"), 0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_pod_that_connects_to_the_probes_destination_gets_nothing_and_stays_in_the_mesh() {
     let world = World::new(1);
     let mut running = world.enrolled(Mode::Permissive).await;
@@ -228,7 +307,7 @@ async fn a_pod_that_connects_to_the_probes_destination_gets_nothing_and_stays_in
         let result = joined(client(pod, to)).await;
         assert!(result.is_err(), "{result:?}");
     }
-    let proven = |running: &super::world::Running| running.status(pod).unwrap().proof.unwrap().at;
+    let proven = |running: &Running| running.status(pod).unwrap().proof.unwrap().at;
     let before = proven(&running);
     running
         .until("it is proven again", || {
@@ -237,6 +316,52 @@ async fn a_pod_that_connects_to_the_probes_destination_gets_nothing_and_stays_in
         .await;
     assert!(running.accepted.try_recv().is_err());
     assert_eq!(running.status(pod).unwrap().failures, 0);
+}
+
+/// The value of a counter.
+fn counted(running: &Running, name: &str) -> u64 {
+    let counters = running.capture.counters();
+    counters.iter().find(|(known, _)| *known == name).unwrap().1
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_connection_to_a_listener_itself_is_reset_and_counted() {
+    let world = World::new(1);
+    let mut running = world.enrolled(Mode::Permissive).await;
+    let pod = &world.pods[0];
+    // The listeners are found as a program in the pod would find them.
+    let ports: Vec<u16> = pod.namespace.run(|| {
+        let table = std::fs::read_to_string("/proc/thread-self/net/tcp").unwrap();
+        table
+            .lines()
+            .filter_map(|line| line.split_whitespace().nth(1)?.strip_prefix("0100007F:"))
+            .map(|port| u16::from_str_radix(port, 16).unwrap())
+            .collect()
+    });
+    assert_eq!(ports.len(), 3);
+    for port in ports {
+        let result = joined(client(pod, ([127, 0, 0, 1], port).into())).await;
+        assert!(result.is_err(), "{result:?}");
+    }
+    assert_eq!(counted(&running, "role_mismatch"), 3);
+    assert!(running.accepted.try_recv().is_err());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_pod_with_as_many_connections_as_it_may_have_gets_no_more() {
+    let world = World::new(1);
+    let mut running = world.enrolled(Mode::Permissive).await;
+    let pod = &world.pods[0];
+    let enrolled = running.capture.enrolled(&pod.uid()).unwrap();
+    let all = u32::try_from(CONNECTIONS_PER_POD).unwrap();
+    let permits = enrolled.permits().acquire_many(all).await.unwrap();
+    let result = joined(client(pod, VIP.parse().unwrap())).await;
+    assert!(result.is_err(), "{result:?}");
+    assert_eq!(counted(&running, "pod_full"), 1);
+    assert!(running.accepted.try_recv().is_err());
+    drop(permits);
+    let _client = client(pod, VIP.parse().unwrap());
+    running.next().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
