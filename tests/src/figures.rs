@@ -83,6 +83,7 @@ impl Figures {
 pub struct Witness<'a> {
     lab: &'a Lab,
     before: Figures,
+    patience: Duration,
 }
 
 impl<'a> Witness<'a> {
@@ -91,7 +92,15 @@ impl<'a> Witness<'a> {
         Ok(Self {
             lab,
             before: Figures::read(lab)?,
+            patience: SETTLE,
         })
+    }
+
+    /// Waits no longer than this for counters.
+    #[must_use]
+    pub fn patience(mut self, limit: Duration) -> Self {
+        self.patience = limit;
+        self
     }
 
     /// What the agents counted since.
@@ -102,7 +111,7 @@ impl<'a> Witness<'a> {
     /// Waits until `holds` of the figures, and gives them back; else the error shows them.
     pub fn until(&self, what: &str, holds: impl Fn(&Figures) -> bool) -> Result<Figures> {
         let mut last = Figures::default();
-        wait::until(what, SETTLE, || {
+        wait::until(what, self.patience, || {
             last = self.figures()?;
             Ok(holds(&last).then_some(last))
         })

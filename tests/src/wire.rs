@@ -162,7 +162,7 @@ mod tests {
         std::fs::write(&file, bytes).unwrap();
         let found = search(&file, &["needle", "hay"]).unwrap();
         std::fs::remove_file(&file).unwrap();
-        assert_eq!((found.packets, found.bytes), (4, 29));
+        assert_eq!((found.packets, found.bytes), (4, 31));
         assert_eq!(found.marker_hits, [1, 0]);
         assert_eq!(
             dropped("3 packets captured\n7 packets dropped by kernel\n"),

@@ -220,3 +220,17 @@ fn a_live_connection_is_shown_with_both_identities() -> Result<()> {
     drop(running);
     Ok(())
 }
+
+#[test]
+fn a_connection_that_went_past_the_agents_does_not_pass_for_one_of_the_mesh() -> Result<()> {
+    let lab = pods()
+        .pod(PodSpec::new("outsider").on(Side::A).outside())
+        .start()?;
+    let _server = serve(&lab, "far")?;
+    let witness = Witness::start(&lab)?.patience(Duration::from_secs(1));
+    let to = lab.pod("far")?.v4(ECHO);
+    let report = lab.pod("outsider")?.traffic(&ClientOptions::echo(to))?;
+    assert_eq!((report.ok, report.failed), (1, 0), "{report:?}");
+    assert!(witness.expect(1, 0).is_err());
+    Ok(())
+}
