@@ -130,8 +130,9 @@ pub fn abort_on_close(stream: &TcpStream) -> io::Result<()> {
     socket2::SockRef::from(stream).set_linger(Some(std::time::Duration::ZERO))
 }
 
-/// Returns once the socket has an error, as after an RST. For a socket whose reading has ended:
-/// before that, reading must see the bytes that came before the error.
+/// Returns once the socket has an error, as after an RST. For a socket that nobody reads at the
+/// moment, because its reading has ended or because the other side does not take what was read:
+/// otherwise reading must see the bytes that came before the error.
 async fn failed(stream: &TcpStream) {
     let pending = || match stream.take_error() {
         Ok(None) => Err(io::ErrorKind::WouldBlock.into()),

@@ -10,8 +10,8 @@ use parking_lot::Mutex;
 use tokio::io::Interest;
 use tokio::net::TcpStream;
 
-use super::buffers;
 use super::half::Broken;
+use super::{buffers, failed};
 
 /// What one pipe may hold, and so what one direction may have in flight inside the agent. The
 /// default of 64 KiB costs a quarter of the throughput of a bulk stream.
@@ -102,7 +102,12 @@ async fn move_available(
         let mut left = filled;
         while left > 0 {
             let drain = || Ok(splice(&pipe.read, None, sink, None, left, flags)?);
-            match sink.async_io(Interest::WRITABLE, drain).await {
+            let drained = tokio::select! {
+                biased;
+                drained = sink.async_io(Interest::WRITABLE, drain) => drained,
+                () = failed(source) => return Err(Broken::Source),
+            };
+            match drained {
                 Ok(0) => return Err(Broken::Sink),
                 Ok(drained) => left -= drained,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}

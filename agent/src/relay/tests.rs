@@ -208,3 +208,31 @@ async fn a_reader_that_sleeps_stops_the_sender() {
     assert!(held < 64 << 20, "{held} bytes went in and nobody read one");
     drop(server);
 }
+
+/// Writes until nothing more is taken: the other side does not read.
+async fn fill(stream: &mut TcpStream) {
+    let block = vec![7; 1 << 20];
+    let quiet = Duration::from_millis(200);
+    while tokio::time::timeout(quiet, stream.write_all(&block))
+        .await
+        .is_ok()
+    {}
+}
+
+#[tokio::test]
+async fn a_sender_that_is_gone_is_noticed_while_the_receiver_does_not_read() {
+    let Relayed {
+        mut client,
+        mut server,
+        relay,
+        ..
+    } = relayed().await;
+    fill(&mut client).await;
+    abort_on_close(&client).unwrap();
+    drop(client);
+    let ended = tokio::time::timeout(Duration::from_secs(10), relay).await;
+    let (ended, ..) = ended.expect("the relay ends").unwrap();
+    assert_eq!(ended, Ended::Reset(Peer::Downstream));
+    let mut received = Vec::new();
+    assert!(is_reset(server.read_to_end(&mut received).await));
+}

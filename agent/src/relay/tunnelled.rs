@@ -42,7 +42,11 @@ pub async fn relay_tunnel(
                         return send.finish().map_err(|_| Broken::Sink);
                     }
                     let length = chunk.len() as u64;
-                    send.send(chunk).await.map_err(|_| Broken::Sink)?;
+                    tokio::select! {
+                        biased;
+                        sent = send.send(chunk) => sent.map_err(|_| Broken::Sink)?,
+                        () = failed(&socket) => return Err(Broken::Source),
+                    }
                     out.fetch_add(length, Ordering::Relaxed);
                 }
             }
