@@ -14,3 +14,4 @@ pub mod relay;
 pub mod resilience;
 pub mod telemetry;
 pub mod tunnel;
+pub mod watchdog;

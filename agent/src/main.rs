@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use anyhow::Context;
 use clap::{Args, Parser, Subcommand};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use tokio::runtime::Builder;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
@@ -16,6 +17,7 @@ use undermesh::discovery::translate::parse_duration;
 use undermesh::identity::authority::{self, AuthorityOptions};
 use undermesh::mesh::TrustDomain;
 use undermesh::telemetry::{LogFormat, Logging};
+use undermesh::watchdog::Watchdog;
 
 // Many threads free what others allocated: connections move between workers.
 #[global_allocator]
@@ -99,12 +101,17 @@ fn run(command: Command) -> anyhow::Result<()> {
             log,
         } => {
             let logging = Logging::init(log.log_format)?;
+            if let Err(error) = raise_descriptor_limit() {
+                tracing::warn!(%error, "cannot raise the limit of open files");
+            }
             let runtime = Builder::new_multi_thread()
                 .worker_threads(workers.into())
                 .thread_name("worker")
                 .enable_all()
                 .build()
                 .context("cannot start the workers")?;
+            let _watchdog =
+                Watchdog::start(runtime.handle()).context("cannot start the watchdog")?;
             let served = runtime.block_on(async {
                 let stop = stop_on_signal()?;
                 anyhow::Ok(agent::run(options, &logging, stop).await?)
@@ -137,6 +144,13 @@ fn run(command: Command) -> anyhow::Result<()> {
             Ok(runtime.block_on(cli::run(command))?)
         }
     }
+}
+
+/// A connection takes two descriptors, and the usual soft limit of 1,024 is there for programs that
+/// use select(2).
+fn raise_descriptor_limit() -> nix::Result<()> {
+    let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
+    setrlimit(Resource::RLIMIT_NOFILE, hard, hard)
 }
 
 /// Cancelled at SIGTERM and at SIGINT.
