@@ -54,7 +54,7 @@ pub struct Accepted {
     pub pod: Arc<EnrolledPod>,
     /// What it is.
     pub role: Role,
-    /// It ends with RST until [`end_in_order`](super::end_in_order).
+    /// It ends with RST until [`close_in_order`](crate::relay::close_in_order).
     pub stream: TcpStream,
     /// The client.
     pub peer: SocketAddr,
@@ -193,7 +193,9 @@ impl Acceptor {
             Role::Inbound | Role::Hbone => Some(self.pod.ports().take(peer, local)),
         };
         let pod = self.pod.clone();
-        let tracked = pod.track();
+        // A tunnel is no connection of the pod's, only those inside it are: one that idles in a
+        // peer's pool must not hold up a drain.
+        let tracked = (role != Role::Hbone).then(|| pod.track());
         let handled = self.handler.handle(Accepted {
             pod: pod.clone(),
             role,

@@ -17,7 +17,6 @@ impl Inbound {
             local,
             ..
         } = accepted;
-        let _live = pod.track();
         let workload = pod.workload();
         let connection = self.telemetry.open(ConnectionInfo {
             direction: Direction::Inbound,

@@ -85,7 +85,6 @@ impl Outbound {
             local,
             ..
         } = accepted;
-        let _live = pod.track();
         let snapshot = self.snapshot.load_full();
         let target = target(&snapshot, local);
         let connection = self.open(&pod, peer, local, target.as_ref(), &snapshot);

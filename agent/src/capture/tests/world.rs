@@ -14,7 +14,9 @@ use nix::sched::{CloneFlags, setns};
 use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep, timeout};
 
-use crate::capture::{Accepted, Capture, CaptureOptions, Handler, KernelOptions, Phase, PodStatus};
+use crate::capture::{
+    Accepted, Capture, CaptureOptions, Handler, KernelOptions, Phase, PodStatus, Role,
+};
 use crate::mesh::{
     Endpoint, Membership, MeshConfig, Mode, ObjectName, Sandbox, Service, ServicePort, Snapshot,
     SpiffeId, TrustDomain, Workload, WorkloadUid,
@@ -371,8 +373,14 @@ struct Forward(mpsc::UnboundedSender<Accepted>);
 
 impl Handler for Forward {
     fn handle(&self, accepted: Accepted) -> Pin<Box<dyn Future<Output = ()> + Send>> {
+        let role = accepted.role;
         let _ = self.0.send(accepted);
-        Box::pin(async {})
+        Box::pin(async move {
+            // A tunnel is served for as long as its peer keeps it.
+            if role == Role::Hbone {
+                std::future::pending().await
+            }
+        })
     }
 }
 
