@@ -35,10 +35,66 @@ pub(super) fn target(snapshot: &Snapshot, destination: SocketAddr) -> Option<Tar
     }
 }
 
-/// The pod behind an endpoint: by UID if the endpoint names one, else by its address.
+/// The pod behind an endpoint: the one that it names if that has this address, else the one that
+/// has it. Never a pod by name alone: what is authorized must be what is dialled.
 pub(super) fn pod_of<'a>(snapshot: &'a Snapshot, endpoint: &Endpoint) -> Option<&'a Arc<Workload>> {
-    match &endpoint.workload {
-        Some(uid) => snapshot.workload(uid),
-        None => snapshot.workload_at(endpoint.address.ip()),
+    let address = endpoint.address.ip();
+    let named = endpoint.workload.as_ref();
+    named
+        .and_then(|uid| snapshot.workload(uid))
+        .filter(|workload| workload.addresses.contains(&address))
+        .or_else(|| snapshot.workload_at(address))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::mesh::WorkloadUid;
+    use crate::telemetry::testing::workload;
+
+    fn mesh() -> Snapshot {
+        let mut snapshot = Snapshot::default();
+        snapshot.insert_workload(workload("web", "10.0.0.1"));
+        snapshot.insert_workload(workload("cart", "10.0.0.2"));
+        snapshot
+    }
+
+    fn endpoint(address: &str, uid: Option<&str>) -> Endpoint {
+        Endpoint {
+            address: address.parse().unwrap(),
+            ready: true,
+            workload: uid.map(|uid| WorkloadUid(uid.into())),
+        }
+    }
+
+    #[test]
+    fn an_endpoint_is_the_pod_that_has_its_address_whatever_name_it_gives() {
+        let snapshot = mesh();
+        for (uid, name) in [
+            (None, "cart"),
+            (Some("uid-cart"), "cart"),
+            (Some("uid-web"), "cart"),
+            (Some("uid-of-nobody"), "cart"),
+        ] {
+            let pod = pod_of(&snapshot, &endpoint("10.0.0.2:80", uid)).unwrap();
+            assert_eq!(&*pod.workload, name, "{uid:?}");
+        }
+        let stranger = endpoint("10.0.0.9:80", Some("uid-web"));
+        assert!(pod_of(&snapshot, &stranger).is_none());
+    }
+
+    #[test]
+    fn who_dials_a_pod_gets_that_pod_even_while_it_is_not_ready() {
+        let target = target(&mesh(), "10.0.0.1:9000".parse().unwrap()).unwrap();
+        assert_eq!(target.service, None);
+        assert_eq!(
+            &*target.endpoints,
+            [endpoint("10.0.0.1:9000", Some("uid-web"))]
+        );
+    }
+
+    #[test]
+    fn what_the_mesh_does_not_know_has_no_target() {
+        assert!(target(&mesh(), "10.0.0.9:80".parse().unwrap()).is_none());
     }
 }
