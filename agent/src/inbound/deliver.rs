@@ -33,18 +33,7 @@ pub(super) async fn deliver(
     .await
     {
         Ok(Ok(stream)) => Ok(stream),
-        Ok(Err(error)) => Err(Undelivered {
-            reason: match error {
-                DialError::Refused(_) => FailureReason::ConnectRefused,
-                DialError::Gone => FailureReason::PodGone,
-                DialError::NoSourcePort(_) => FailureReason::NoSourcePort,
-                DialError::Unreachable { .. } => FailureReason::Unreachable,
-                DialError::Netns(_) | DialError::Kernel(_) | DialError::Io { .. } => {
-                    FailureReason::Internal
-                }
-            },
-            detail: format!("to the app: {}", error_chain(&error)),
-        }),
+        Ok(Err(error)) => Err(undelivered(&error)),
         Err(_) => Err(Undelivered {
             reason: FailureReason::ConnectTimeout,
             detail: format!(
@@ -52,5 +41,21 @@ pub(super) async fn deliver(
                  device or has a mark of its own cannot be delivered to"
             ),
         }),
+    }
+}
+
+fn undelivered(error: &DialError) -> Undelivered {
+    let reason = match error {
+        DialError::Refused(_) => FailureReason::ConnectRefused,
+        DialError::Gone => FailureReason::PodGone,
+        DialError::NoSourcePort(_) => FailureReason::NoSourcePort,
+        DialError::Unreachable { .. } => FailureReason::Unreachable,
+        DialError::Netns(_) | DialError::Kernel(_) | DialError::Io { .. } => {
+            FailureReason::Internal
+        }
+    };
+    Undelivered {
+        reason,
+        detail: format!("to the app: {}", error_chain(error)),
     }
 }

@@ -1,6 +1,7 @@
 //! A tunnel that another agent opened to a pod, and the connections inside it.
 
 use std::future::Future;
+use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
@@ -8,7 +9,7 @@ use std::time::Duration;
 use super::Inbound;
 use super::deliver::deliver;
 use crate::capture::{Accepted, EnrolledPod};
-use crate::mesh::{Mode, authorize};
+use crate::mesh::{Mode, Snapshot, SpiffeId, authorize};
 use crate::relay::{Ended, Peer, relay_tunnel};
 use crate::telemetry::{ConnectionInfo, Direction, FailureReason, Party, Security};
 use crate::tunnel::{self, Incoming, Refusal, TunnelService};
@@ -75,7 +76,11 @@ async fn serve_stream(inbound: Arc<Inbound>, pod: Arc<EnrolledPod>, incoming: In
     let app = incoming.authority;
     let connection = inbound.telemetry.open(ConnectionInfo {
         direction: Direction::Inbound,
-        source: source(&inbound, &incoming),
+        source: source(
+            &inbound.snapshot.load(),
+            &incoming.peer,
+            incoming.peer_address,
+        ),
         destination: Party::of(&workload, app),
         service: None,
         security: Security::MutualTls,
@@ -107,12 +112,32 @@ async fn serve_stream(inbound: Arc<Inbound>, pod: Arc<EnrolledPod>, incoming: In
 
 /// The peer by its certificate. Its pod's name is taken from the address only if the pod there has
 /// that very identity: it labels, and decides nothing.
-fn source(inbound: &Inbound, incoming: &Incoming) -> Party {
-    let snapshot = inbound.snapshot.load();
-    match snapshot.workload_at(incoming.peer_address.ip()) {
-        Some(workload) if workload.identity == incoming.peer => {
-            Party::of(workload, incoming.peer_address)
+fn source(snapshot: &Snapshot, peer: &SpiffeId, address: SocketAddr) -> Party {
+    match snapshot.workload_at(address.ip()) {
+        Some(workload) if workload.identity == *peer => Party::of(workload, address),
+        _ => Party::of_identity(peer, address),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::telemetry::testing::workload;
+
+    #[test]
+    fn a_peers_address_names_its_pod_only_if_that_has_the_peers_identity() {
+        let web = workload("web", "10.0.0.1");
+        let mut snapshot = Snapshot::default();
+        snapshot.insert_workload(web.clone());
+        snapshot.insert_workload(workload("cart", "10.0.0.2"));
+        let from = |address: &str| source(&snapshot, &web.identity, address.parse().unwrap());
+
+        assert_eq!(from("10.0.0.1:1").pod.as_ref(), Some(&web.name));
+        // The address was another pod's a moment ago, or is nobody's.
+        for address in ["10.0.0.2:1", "10.0.0.9:1"] {
+            let party = from(address);
+            assert_eq!(party.pod, None);
+            assert_eq!(party.identity.as_ref(), Some(&web.identity));
         }
-        _ => Party::of_identity(&incoming.peer, incoming.peer_address),
     }
 }

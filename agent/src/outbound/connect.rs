@@ -154,7 +154,10 @@ impl Outbound {
         let dial = || async {
             match timeout(limit, pod.connect(Dial::Direct(key.address))).await {
                 Ok(connected) => connected.map_err(std::io::Error::from),
-                Err(_) => Err(std::io::ErrorKind::TimedOut.into()),
+                Err(_) => Err(std::io::Error::new(
+                    std::io::ErrorKind::TimedOut,
+                    format!("no answer within {limit:?} (does a NetworkPolicy block this port?)"),
+                )),
             }
         };
         self.pool
@@ -226,4 +229,112 @@ fn tunnel_failure(error: &TunnelError) -> Failure {
         TunnelError::Flood { .. } => FailureReason::Overload,
     };
     Failure::of_endpoint(reason, error_chain(error))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io;
+
+    use super::*;
+    use crate::tunnel::Stage;
+
+    fn peer() -> SocketAddr {
+        "10.0.0.2:15008".parse().unwrap()
+    }
+
+    fn failed(source: io::Error) -> Failure {
+        tunnel_failure(&TunnelError::Dial {
+            address: peer(),
+            source: Arc::new(source),
+        })
+    }
+
+    #[test]
+    fn a_destination_that_denied_is_not_gone_around() {
+        let denied = tunnel_failure(&TunnelError::Refused { status: 401 });
+        assert_eq!(denied.reason, FailureReason::Denied);
+        assert!(!denied.may_go_elsewhere());
+        let unavailable = tunnel_failure(&TunnelError::Refused { status: 503 });
+        assert_eq!(unavailable.reason, FailureReason::TunnelRefused);
+        assert!(unavailable.may_go_elsewhere());
+    }
+
+    #[test]
+    fn what_an_endpoint_did_is_tried_elsewhere_under_its_own_reason() {
+        for (failure, reason) in [
+            (
+                failed(io::ErrorKind::ConnectionRefused.into()),
+                FailureReason::ConnectRefused,
+            ),
+            (
+                failed(io::ErrorKind::TimedOut.into()),
+                FailureReason::ConnectTimeout,
+            ),
+            (
+                failed(io::ErrorKind::HostUnreachable.into()),
+                FailureReason::Unreachable,
+            ),
+            (
+                tunnel_failure(&TunnelError::Timeout {
+                    address: peer(),
+                    stage: Stage::Handshake,
+                    after: Duration::from_secs(5),
+                }),
+                FailureReason::ConnectTimeout,
+            ),
+            (
+                tunnel_failure(&TunnelError::Protocol { address: peer() }),
+                FailureReason::Tls,
+            ),
+            (
+                dial_failure(&DialError::Refused(peer())),
+                FailureReason::ConnectRefused,
+            ),
+            (
+                dial_failure(&DialError::NoSourcePort(peer())),
+                FailureReason::NoSourcePort,
+            ),
+            (
+                no_path(NoPath::PlaintextRefused, peer()),
+                FailureReason::PlaintextRefused,
+            ),
+            (
+                no_path(NoPath::NotEnrolled, peer()),
+                FailureReason::NotEnrolled,
+            ),
+        ] {
+            assert_eq!(failure.reason, reason, "{}", failure.detail);
+            assert!(failure.may_go_elsewhere(), "{}", failure.detail);
+        }
+    }
+
+    #[test]
+    fn a_client_that_is_gone_or_has_no_room_is_no_fault_of_an_endpoint() {
+        for (failure, reason) in [
+            (dial_failure(&DialError::Gone), FailureReason::PodGone),
+            (
+                tunnel_failure(&TunnelError::SourceGone),
+                FailureReason::PodGone,
+            ),
+            (
+                tunnel_failure(&TunnelError::Saturated {
+                    address: peer(),
+                    bound: 32,
+                }),
+                FailureReason::Overload,
+            ),
+        ] {
+            assert_eq!(failure.reason, reason, "{}", failure.detail);
+            assert!(!failure.may_go_elsewhere(), "{}", failure.detail);
+        }
+    }
+
+    #[test]
+    fn a_refused_dial_is_told_once() {
+        let refused = failed(DialError::Refused(peer()).into());
+        assert_eq!(
+            refused.detail,
+            "cannot connect to 10.0.0.2:15008: 10.0.0.2:15008 refused the connection"
+        );
+    }
 }
