@@ -18,6 +18,6 @@ pub use config::{MeshConfig, Mode, ModeError};
 pub use node::Node;
 pub use service::{Endpoint, Service, ServicePort};
 pub use snapshot::{Destination, SharedSnapshot, Snapshot};
-pub use spiffe::{SpiffeId, SpiffeIdError, TrustDomain};
+pub use spiffe::{NAME_MAX, SpiffeId, SpiffeIdError, TrustDomain, is_kubernetes_name};
 pub use targets::{CaptureTarget, TargetChanges};
 pub use workload::{Membership, ObjectName, Sandbox, Workload, WorkloadUid};

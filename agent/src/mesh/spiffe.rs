@@ -57,6 +57,9 @@ impl fmt::Display for TrustDomain {
     }
 }
 
+/// Longest name of a Kubernetes object, in bytes.
+pub const NAME_MAX: usize = 253;
+
 /// Identity of a workload: `spiffe://<trust domain>/ns/<namespace>/sa/<service account>`.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct SpiffeId {
@@ -112,10 +115,13 @@ impl SpiffeId {
     }
 }
 
-fn is_kubernetes_name(name: &str) -> bool {
+/// Whether this is a name of a Kubernetes object (RFC 1123 subdomain): one that can stand in an
+/// identity, a path and a log line.
+#[must_use]
+pub fn is_kubernetes_name(name: &str) -> bool {
     let alphanumeric = |c: u8| c.is_ascii_lowercase() || c.is_ascii_digit();
     !name.is_empty()
-        && name.len() <= 253
+        && name.len() <= NAME_MAX
         && name
             .bytes()
             .all(|c| alphanumeric(c) || c == b'-' || c == b'.')

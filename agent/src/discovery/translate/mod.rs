@@ -20,20 +20,11 @@ pub use service::{PortFacts, ServiceFacts, TargetPort, Unready};
 use std::net::IpAddr;
 
 use super::object::Fault;
-
-/// Longest name of a Kubernetes object (RFC 1123 subdomain), in bytes.
-const NAME_MAX: usize = 253;
+use crate::mesh::{NAME_MAX, is_kubernetes_name};
 
 /// A name that can stand in an identity, a path and a log line.
 pub(super) fn check_name(field: &str, name: &str) -> Result<(), Fault> {
-    let inside = |c: u8| c.is_ascii_lowercase() || c.is_ascii_digit() || c == b'-' || c == b'.';
-    let edge = |c: Option<&u8>| c.is_some_and(|c| c.is_ascii_lowercase() || c.is_ascii_digit());
-    let bytes = name.as_bytes();
-    if bytes.len() <= NAME_MAX
-        && bytes.iter().all(|&c| inside(c))
-        && edge(bytes.first())
-        && edge(bytes.last())
-    {
+    if is_kubernetes_name(name) {
         return Ok(());
     }
     Err(Fault::new(
