@@ -13,7 +13,6 @@ pub const ERRORS_LISTED: usize = 256;
 
 /// State of a [`super::FileSource`].
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "camelCase")]
 pub struct FileStatus {
     /// The directory that is read.
     pub directory: PathBuf,
@@ -41,7 +40,7 @@ pub struct FileStatus {
 
 /// How changes of files are noticed.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "camelCase")]
+#[serde(rename_all = "snake_case")]
 pub enum NoticedBy {
     /// The kernel tells, and a periodic look at all files finds what it did not tell.
     Inotify,

@@ -104,7 +104,7 @@ async fn what_is_there_at_the_start_is_in_force_at_once() {
     assert_eq!(status.noticed_by, NoticedBy::Inotify);
     let json = serde_json::to_value(&*status).unwrap();
     assert_eq!(json["objects"], serde_json::json!({"Pod": 1}));
-    assert!(json["lastChange"].as_str().unwrap().ends_with('Z'));
+    assert!(json["last_change"].as_str().unwrap().ends_with('Z'));
 }
 
 #[tokio::test]
