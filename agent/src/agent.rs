@@ -14,7 +14,7 @@ use thiserror::Error;
 use tokio::time::{Instant, timeout_at};
 use tokio_util::sync::CancellationToken;
 
-use crate::admin::{Admin, AdminError, AdminOptions, AdminState, Condition, Exposure};
+use crate::admin::{Admin, AdminError, AdminOptions, AdminState, Column, Condition, Exposure};
 use crate::capture::{
     Accepted, Capture, CaptureError, CaptureOptions, EnrolError, Handler, KernelOptions, Role,
 };
@@ -216,8 +216,10 @@ pub async fn run(
     tokio::spawn(admin.run(background.clone()));
     tracing::info!(node = options.node, manifests = %options.manifests.display(), "started");
 
-    let mut generations = manifests.generations();
+    let mut statuses = manifests.statuses();
     while !stop.is_cancelled() {
+        // Before the snapshot: a change between the two is seen again.
+        let refused = statuses.borrow_and_update().errors_total;
         let now = snapshot.load_full();
         // The identities first: a pod's first connection asks for its certificate.
         certificates.want(
@@ -226,9 +228,10 @@ pub async fn run(
                 .map(|workload| workload.identity.clone())
                 .collect(),
         );
+        capture.keep_leftovers(refused > 0);
         capture.apply(now);
         tokio::select! {
-            changed = generations.changed() => if changed.is_err() { stop.cancelled().await },
+            changed = statuses.changed() => if changed.is_err() { stop.cancelled().await },
             () = stop.cancelled() => {}
         }
     }
@@ -338,13 +341,33 @@ fn admin_state(
             true => Condition::NotReady("the agent was told to stop".into()),
         })
         .report("manifests", move || manifests.status())
-        .view("pods", &[], move || pods.pods())
+        .view("pods", POD_COLUMNS, move || pods.pods())
         .view("kernel", &[], move || KernelView {
             kernel: kernel.kernel().status(),
             events: kernel.counters().into_iter().collect(),
         })
         .view("certificates", &[], move || certificates.status())
         .view("tunnels", &[], move || pool.status())
+}
+
+/// `/pods` as a table; JSON has the rest.
+const POD_COLUMNS: &[Column] = &[
+    column("NAME", &["name"]),
+    column("MODE", &["mode"]),
+    column("PHASE", &["phase"]),
+    column("GUARANTEE", &["guarantee"]),
+    column("CONNECTIONS", &["connections"]),
+    column("PROVEN", &["proof.at"]),
+    column("ATTEMPTS", &["attempts"]),
+    column("FAILURES", &["failures"]),
+    column("REPAIRED", &["repaired"]),
+    column("NETNS_COOKIE", &["netns_cookie"]),
+    column("NEXT_RETRY", &["next_retry"]),
+    column("LAST_ERROR", &["last_error"]),
+];
+
+const fn column(header: &'static str, fields: &'static [&'static str]) -> Column {
+    Column { header, fields }
 }
 
 /// `/kernel`: what the kernel holds, and what the agent's side of capture counted.

@@ -43,7 +43,7 @@ pub use kernel::{HBONE_PORT, Kernel, KernelError, KernelOptions};
 pub use netns::NetnsError;
 pub use pod::{CONNECTIONS_PER_POD, Dial, DialError, EnrolledPod, Tracked};
 pub use probe::Proof;
-pub use sockets::{AdoptError, Listener, PodAddresses, end_in_order};
+pub use sockets::{AdoptError, Listener, PodAddresses};
 pub use status::{Guarantee, Moment, Phase, PodStatus, Proven};
 
 use counters::Counters;
@@ -133,6 +133,13 @@ impl Capture {
     pub fn apply(&self, snapshot: Arc<Snapshot>) {
         self.last.store(Some(snapshot.clone()));
         self.wanted.send_replace(Some(snapshot));
+    }
+
+    /// Says whether the model may lack pods that are there, because their documents were refused.
+    /// Then pods that a former agent enrolled stay as their modes say, whoever they are: one that
+    /// is STRICT does not get out of the mesh by a typing error and a restart of the agent.
+    pub fn keep_leftovers(&self, keep: bool) {
+        self.registry.keep_leftovers(keep);
     }
 
     /// The pod, if it is in the mesh.

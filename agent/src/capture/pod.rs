@@ -187,7 +187,8 @@ impl EnrolledPod {
     }
 
     /// Opens a connection in the pod's network. It ends with RST until
-    /// [`end_in_order`](super::end_in_order). How long that may take is the caller's business.
+    /// [`close_in_order`](crate::relay::close_in_order). How long that may take is the caller's
+    /// business.
     pub async fn connect(&self, dial: Dial) -> Result<TcpStream, DialError> {
         tokio::select! {
             biased;

@@ -20,9 +20,10 @@ use super::netns::{self, Netns};
 use super::probe;
 use super::registry::Registry;
 use super::sockets::PodAddresses;
-use super::status::{Phase, PodStatus, with_causes};
+use super::status::{Phase, PodStatus};
 use super::task::{Desired, PodTask};
 use crate::mesh::{CaptureTarget, Membership, Mode, Snapshot, Workload, WorkloadUid};
+use crate::telemetry::error_chain;
 
 const RETRY: Backoff = Backoff {
     first: Duration::from_millis(200),
@@ -108,7 +109,7 @@ impl Reconciler {
                 Ok(())
             }
             Err(error) => {
-                let error = with_causes(&error);
+                let error = error_chain(&error);
                 tracing::error!(error, "cannot set the captured destinations");
                 *set = None;
                 *self.target_error.lock() = Some(error);
@@ -138,6 +139,9 @@ impl Reconciler {
             return FIRST_SWEEP;
         }
         self.clear_former_layouts().await;
+        if self.registry.keeps_leftovers() {
+            return SWEEP;
+        }
         match leftovers(&self.tools, &self.registry, &expected(&self.node, snapshot)).await {
             Ok(records) if records.is_empty() => {}
             Ok(records) => {
@@ -145,7 +149,7 @@ impl Reconciler {
                 remove(&self.tools, &self.registry, &records, &paths).await;
             }
             Err(error) => {
-                let error = with_causes(&error);
+                let error = error_chain(&error);
                 tracing::warn!(error, "cannot look for leftovers");
             }
         }
@@ -164,7 +168,7 @@ impl Reconciler {
                 }
             }
             Err(error) => {
-                let error = with_causes(&error);
+                let error = error_chain(&error);
                 tracing::warn!(error, "cannot remove a former agent's programs");
             }
         }
@@ -286,7 +290,7 @@ pub(super) async fn remove(
         match result {
             Ok(()) => tracing::info!(netns_cookie = cookie, "removed what a former agent left"),
             Err(error) => {
-                let error = with_causes(&error);
+                let error = error_chain(&error);
                 tracing::warn!(
                     netns_cookie = cookie,
                     error,

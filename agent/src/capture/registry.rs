@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use arc_swap::{ArcSwap, ArcSwapOption};
@@ -32,6 +33,8 @@ pub(super) struct Registry {
     /// Pods of the first snapshot that were not tried yet; none before the first snapshot.
     untried: Mutex<Option<BTreeSet<WorkloadUid>>>,
     drain: ArcSwap<Duration>,
+    /// Whether what a former agent left is kept, although no pod of the model claims it.
+    keeps_leftovers: AtomicBool,
     /// Told when a pod has left.
     left: Notify,
 }
@@ -55,6 +58,7 @@ impl Registry {
             claims: Mutex::default(),
             untried: Mutex::default(),
             drain: ArcSwap::from_pointee(Duration::ZERO),
+            keeps_leftovers: AtomicBool::new(false),
             left: Notify::new(),
         })
     }
@@ -103,6 +107,16 @@ impl Registry {
             new.push((slot, receiver));
         }
         new
+    }
+
+    /// Says whether what a former agent left is kept.
+    pub fn keep_leftovers(&self, keep: bool) {
+        self.keeps_leftovers.store(keep, Ordering::Relaxed);
+    }
+
+    /// Whether it is.
+    pub fn keeps_leftovers(&self) -> bool {
+        self.keeps_leftovers.load(Ordering::Relaxed)
     }
 
     /// Every pod shall leave.

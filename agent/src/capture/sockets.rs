@@ -9,7 +9,6 @@ use std::time::Duration;
 use nix::sys::socket::{setsockopt, sockopt};
 use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
 use thiserror::Error;
-use tokio::net::TcpStream;
 
 use super::kernel::{CAPTURE_MARK, Family, ListenerKind};
 use super::{HBONE_PORT, sys};
@@ -183,7 +182,7 @@ pub fn new_socket(family: Family) -> io::Result<Socket> {
     Ok(socket)
 }
 
-/// Makes a socket end its connection with RST until [`end_in_order`], and notice a peer that is
+/// Makes a socket end its connection with RST until [`close_in_order`](crate::relay::close_in_order), and notice a peer that is
 /// gone.
 pub fn prepare(socket: &SockRef<'_>) -> io::Result<()> {
     socket.set_linger(Some(Duration::ZERO))?;
@@ -194,12 +193,6 @@ pub fn prepare(socket: &SockRef<'_>) -> io::Result<()> {
             .with_interval(KEEPALIVE_INTERVAL)
             .with_retries(KEEPALIVE_RETRIES),
     )
-}
-
-/// Says that a stream has ended in order: closing it now sends FIN, not RST. To be called once all
-/// that was to be sent was written and shut down.
-pub fn end_in_order(stream: &TcpStream) -> io::Result<()> {
-    SockRef::from(stream).set_linger(None)
 }
 
 /// Binds a socket to the pod's own address; the kernel chooses the port at connect(2), so that

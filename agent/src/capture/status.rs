@@ -1,6 +1,5 @@
 //! How far the enrolment of each pod is, for `/pods`.
 
-use std::error::Error;
 use std::time::{Duration, SystemTime};
 
 use serde::{Serialize, Serializer};
@@ -136,22 +135,6 @@ impl PodStatus {
     }
 }
 
-/// An error with all its causes.
-pub(super) fn with_causes(error: &dyn Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        let reason = error.to_string();
-        // Transparent errors repeat what they hold.
-        if !text.ends_with(&reason) {
-            text.push_str(": ");
-            text.push_str(&reason);
-        }
-        cause = error.source();
-    }
-    text
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -162,18 +145,6 @@ mod tests {
         assert_eq!(
             serde_json::to_string(&moment).unwrap(),
             r#""1970-01-01T00:00:01Z""#
-        );
-    }
-
-    #[test]
-    fn an_error_is_told_with_its_causes() {
-        let error = super::super::network::NetworkError::Request {
-            what: "add a rule",
-            source: std::io::Error::from_raw_os_error(libc::EPERM),
-        };
-        assert_eq!(
-            with_causes(&error),
-            "cannot add a rule: Operation not permitted (os error 1)"
         );
     }
 }

@@ -16,8 +16,9 @@ use super::enrol::{self, EnrolError, Enrolment, Followed, Tools};
 use super::netns::{Netns, NetnsError};
 use super::probe::{ProbeError, Proof};
 use super::registry::{Claim, PodSlot, Registry};
-use super::status::{Phase, with_causes};
+use super::status::Phase;
 use crate::mesh::{Mode, Workload};
+use crate::telemetry::error_chain;
 
 /// Between attempts.
 const RETRY: Backoff = Backoff {
@@ -59,7 +60,8 @@ pub(super) struct PodTask {
     pub desired: watch::Receiver<Desired>,
     /// Ends the task; what the kernel was told stays.
     pub stop: CancellationToken,
-    /// Namespace of a STRICT pod whose enrolment failed half-way, and stays so.
+    /// Namespace of a pod whose enrolment did not come to its end: what was laid is taken away when
+    /// the pod leaves, unless an attempt succeeds before.
     pub half_laid: Option<PathBuf>,
 }
 
@@ -194,13 +196,15 @@ impl PodTask {
             .map_err(|other| {
                 EnrolError::Refused(format!("the pod shares its network namespace with {other}"))
             })?;
+        // Noted before: an attempt that takes too long is dropped in the middle.
+        self.half_laid = Some(sandbox.netns.clone());
         let enrolment = match Enrolment::lay(&self.tools, workload, mode, netns.clone()).await {
             Ok(enrolment) => enrolment,
             Err(error) => {
                 // A former agent's capture may be all that a STRICT pod has.
-                match mode {
-                    Mode::Permissive => self.unlay(&netns).await,
-                    Mode::Strict => self.half_laid = Some(sandbox.netns.clone()),
+                if mode == Mode::Permissive {
+                    self.unlay(&netns).await;
+                    self.half_laid = None;
                 }
                 return Err(error);
             }
@@ -233,7 +237,7 @@ impl PodTask {
         mode: Mode,
         error: &EnrolError,
     ) -> Duration {
-        let text = with_causes(error);
+        let text = error_chain(error);
         let (phase, wait) = {
             let mut status = self.slot.status.lock();
             status.failures = status.failures.saturating_add(1);
@@ -282,7 +286,7 @@ impl PodTask {
 
     async fn unlay(&self, netns: &Netns) {
         if let Err(error) = enrol::unlay(&self.tools, netns).await {
-            let (pod, error) = (&self.slot.uid, with_causes(&error));
+            let (pod, error) = (&self.slot.uid, error_chain(&error));
             tracing::warn!(%pod, error, "cannot undo an enrolment");
         }
     }
@@ -300,7 +304,7 @@ impl PodTask {
         match result {
             Ok(()) => tracing::info!(pod = %name, "left the mesh"),
             Err(error) => {
-                let error = with_causes(&error);
+                let error = error_chain(&error);
                 tracing::warn!(pod = %name, error, "left the mesh, but not all was undone");
             }
         }

@@ -118,16 +118,10 @@ pub async fn relay_tcp(
 }
 
 /// Closes a socket whose both directions have ended, so that what the kernel still holds of its
-/// last bytes is delivered, where [`abort_on_close`] would throw it away.
+/// last bytes is delivered, where an abort would throw it away.
 pub fn close_in_order(stream: TcpStream) {
     // An error means that the socket is dead already, and there is nothing left to deliver.
     let _ = socket2::SockRef::from(&stream).set_linger(None);
-}
-
-/// From now on closing the socket resets it, also when it is the kernel that closes it for a
-/// process that was killed.
-pub fn abort_on_close(stream: &TcpStream) -> io::Result<()> {
-    socket2::SockRef::from(stream).set_linger(Some(std::time::Duration::ZERO))
 }
 
 /// Returns once the socket has an error, as after an RST. For a socket that nobody reads at the

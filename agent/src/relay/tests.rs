@@ -6,7 +6,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
-use super::{Counts, Ended, Peer, abort_on_close, failed, relay_tcp};
+use super::{Counts, Ended, Peer, failed, relay_tcp};
 
 /// A client and a server with a relay between them.
 struct Relayed {
@@ -21,6 +21,11 @@ async fn pair() -> (TcpStream, TcpStream) {
     let connect = TcpStream::connect(listener.local_addr().unwrap());
     let (near, far) = tokio::join!(connect, listener.accept());
     (near.unwrap(), far.unwrap().0)
+}
+
+/// From now on closing the socket resets it, as with the sockets that capture makes.
+fn abort_on_close(stream: &TcpStream) -> std::io::Result<()> {
+    socket2::SockRef::from(stream).set_linger(Some(Duration::ZERO))
 }
 
 async fn relayed() -> Relayed {

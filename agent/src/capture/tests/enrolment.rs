@@ -127,6 +127,44 @@ async fn a_live_connection_may_end_while_its_pod_leaves_and_is_reset_when_it_doe
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_tunnel_without_connections_in_it_does_not_hold_up_a_drain() {
+    let world = World::new(1);
+    let mut running = world.enrolled(Mode::Strict).await;
+    let pod = &world.pods[0];
+    let address = pod.v4(15_008);
+    let tunnel = world
+        .fabric()
+        .run(move || TcpStream::connect_timeout(&address, LIMIT).unwrap());
+    let accepted = running.next().await;
+    assert_eq!(accepted.role, Role::Hbone);
+    assert_eq!(running.status(pod).unwrap().connections, 0);
+    // As a drain would wait for it.
+    let idle = accepted.pod.idle();
+    tokio::time::timeout(LIMIT, idle).await.unwrap();
+    drop(tunnel);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_former_agent_left_is_kept_while_the_model_may_lack_pods() {
+    let world = World::new(1);
+    let former = world.enrolled(Mode::Strict).await;
+    former.capture.shutdown().await;
+    drop(former);
+
+    let running = world.start();
+    running.capture.keep_leftovers(true);
+    running.capture.apply(Arc::new(Snapshot::default()));
+    running
+        .until("every pod was tried", || {
+            running.capture.synced().then_some(())
+        })
+        .await;
+    // The first look for leftovers comes 200 ms after that.
+    tokio::time::sleep(Duration::from_millis(600)).await;
+    assert_eq!(running.capture.kernel().pods().unwrap().len(), 1);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_broken_pod_delays_no_other_and_does_not_hold_readiness() {
     let world = World::new(1);
     let mut snapshot = world.snapshot(Mode::Strict);

@@ -8,8 +8,9 @@ use std::time::{Duration, Instant};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use super::world::{LIMIT, Pod, Running, VIP, VIP6, World};
-use crate::capture::{CONNECTIONS_PER_POD, Dial, DialError, Role, end_in_order};
+use crate::capture::{CONNECTIONS_PER_POD, Dial, DialError, Role};
 use crate::mesh::Mode;
+use crate::relay::close_in_order;
 
 /// An ordinary client: connects, says hello, reads to the end.
 fn client(pod: &Pod, to: SocketAddr) -> JoinHandle<io::Result<(SocketAddr, SocketAddr, String)>> {
@@ -46,7 +47,7 @@ async fn converse(mut stream: tokio::net::TcpStream) -> String {
     stream.shutdown().await.unwrap();
     let mut text = String::new();
     stream.read_to_string(&mut text).await.unwrap();
-    end_in_order(&stream).unwrap();
+    close_in_order(stream);
     text
 }
 
@@ -79,8 +80,7 @@ async fn a_client_comes_out_with_its_true_destination_and_sees_true_addresses() 
         assert_eq!(text, "hello");
         accepted.stream.write_all(b"welcome").await.unwrap();
         accepted.stream.shutdown().await.unwrap();
-        end_in_order(&accepted.stream).unwrap();
-        drop(accepted);
+        close_in_order(accepted.stream);
         let (local, peer, answer) = joined(client).await.unwrap();
         assert_eq!(local.ip().to_canonical(), from);
         assert_eq!(peer, to);
@@ -291,7 +291,7 @@ async fn more_deliveries_than_there_are_source_ports_go_to_one_app_one_after_the
             stream.shutdown().await.unwrap();
             stream.read_to_string(&mut text).await.unwrap();
         }
-        end_in_order(&stream).unwrap();
+        close_in_order(stream);
     }
     joined(app).await;
     assert_eq!(counted(&running, "delivery_unanswered"), 0);
