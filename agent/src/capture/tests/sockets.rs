@@ -113,10 +113,13 @@ async fn none_of_many_connections_at_once_is_lost_or_taken_for_another() {
         })
         .collect();
     let mut seen = std::collections::BTreeSet::new();
+    // Held until the clients are done: dropping one resets it, perhaps while its client connects.
+    let mut held = Vec::new();
     for _ in 0..THREADS * EACH {
         let accepted = running.next().await;
         assert_eq!(accepted.role, Role::Outbound);
         seen.insert((accepted.peer, accepted.local));
+        held.push(accepted);
     }
     let mut opened = std::collections::BTreeSet::new();
     for client in clients {
