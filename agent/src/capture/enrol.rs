@@ -253,6 +253,7 @@ impl Enrolment {
             })
             .await?;
             self.mode = mode;
+            tracing::info!(pod = %workload.name, %mode, "mode changed");
         }
         Ok(Followed::Yes)
     }

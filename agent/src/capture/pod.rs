@@ -12,7 +12,7 @@ use arc_swap::{ArcSwap, ArcSwapOption};
 use socket2::Socket;
 use thiserror::Error;
 use tokio::net::TcpStream;
-use tokio::sync::Semaphore;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -178,6 +178,19 @@ impl EnrolledPod {
     #[must_use]
     pub fn track(&self) -> Tracked {
         Tracked(self.live.token())
+    }
+
+    /// As [`EnrolledPod::track`], for a connection that came inside a tunnel: none, and counted, if
+    /// the pod has as many as it may have.
+    #[must_use]
+    pub fn admit(&self) -> Option<(Tracked, OwnedSemaphorePermit)> {
+        match self.permits.clone().try_acquire_owned() {
+            Ok(permit) => Some((self.track(), permit)),
+            Err(_) => {
+                self.counters.count(Event::PodFull);
+                None
+            }
+        }
     }
 
     /// How many connections are live.

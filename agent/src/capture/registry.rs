@@ -19,6 +19,8 @@ pub(super) struct PodSlot {
     pub uid: WorkloadUid,
     pub status: Mutex<PodStatus>,
     pub enrolled: ArcSwapOption<EnrolledPod>,
+    /// The same on its way out: its connections may still be live.
+    pub leaving: ArcSwapOption<EnrolledPod>,
 }
 
 struct Entry {
@@ -95,6 +97,7 @@ impl Registry {
                 uid: uid.clone(),
                 status: Mutex::new(PodStatus::pending(workload)),
                 enrolled: ArcSwapOption::empty(),
+                leaving: ArcSwapOption::empty(),
             });
             let (sender, receiver) = watch::channel(desired.clone());
             pods.insert(
@@ -179,7 +182,11 @@ impl Registry {
             .iter()
             .map(|slot| {
                 let mut status = slot.status.lock().clone();
-                if let Some(pod) = slot.enrolled.load().as_ref() {
+                let pod = slot
+                    .enrolled
+                    .load_full()
+                    .or_else(|| slot.leaving.load_full());
+                if let Some(pod) = pod {
                     status.connections = pod.live();
                 }
                 status

@@ -295,11 +295,13 @@ impl PodTask {
         let Laid {
             enrolment, _claim, ..
         } = laid;
+        let pod = enrolment.pod.clone();
+        self.slot.leaving.store(Some(pod.clone()));
         self.slot.status.lock().phase = Phase::Draining;
         self.slot.enrolled.store(None);
-        let pod = enrolment.pod.clone();
         let result = enrolment.leave(&self.tools, drain, &self.stop).await;
         pod.release();
+        self.slot.leaving.store(None);
         let name = pod.workload().name.clone();
         match result {
             Ok(()) => tracing::info!(pod = %name, "left the mesh"),

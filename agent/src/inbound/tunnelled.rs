@@ -71,7 +71,6 @@ impl TunnelService for ToPod {
 /// One CONNECT: authorized from the peer's certificate before the app is dialled, and answered
 /// with 200 only once the app has accepted.
 async fn serve_stream(inbound: Arc<Inbound>, pod: Arc<EnrolledPod>, incoming: Incoming) {
-    let _live = pod.track();
     let workload = pod.workload();
     let app = incoming.authority;
     let connection = inbound.telemetry.open(ConnectionInfo {
@@ -86,6 +85,10 @@ async fn serve_stream(inbound: Arc<Inbound>, pod: Arc<EnrolledPod>, incoming: In
         security: Security::MutualTls,
         original_destination: app,
     });
+    let Some(_live) = pod.admit() else {
+        incoming.refuse(Refusal::Unavailable);
+        return connection.fail(FailureReason::Overload, &"the pod has no room for more");
+    };
     let mode = workload.mode().unwrap_or(Mode::Permissive);
     if let Err(denied) = authorize(mode, Some(&incoming.peer)) {
         incoming.refuse(Refusal::Denied);

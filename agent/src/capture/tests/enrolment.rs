@@ -111,7 +111,8 @@ async fn a_live_connection_may_end_while_its_pod_leaves_and_is_reset_when_it_doe
     running
         .capture
         .apply(without(&world.snapshot(Mode::Strict), pod));
-    running.reaches(pod, Phase::Draining).await;
+    let draining = running.reaches(pod, Phase::Draining).await;
+    assert_eq!(draining.connections, 1);
     gone.cancelled().await;
     assert!(started.elapsed() >= Duration::from_millis(300));
     let error = accepted

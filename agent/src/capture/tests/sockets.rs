@@ -361,8 +361,12 @@ async fn a_pod_with_as_many_connections_as_it_may_have_gets_no_more() {
     let result = joined(client(pod, VIP.parse().unwrap())).await;
     assert!(result.is_err(), "{result:?}");
     assert_eq!(counted(&running, "pod_full"), 1);
+    // Inside a tunnel neither.
+    assert!(enrolled.admit().is_none());
+    assert_eq!(counted(&running, "pod_full"), 2);
     assert!(running.accepted.try_recv().is_err());
     drop(permits);
+    assert!(enrolled.admit().is_some());
     let _client = client(pod, VIP.parse().unwrap());
     running.next().await;
 }
