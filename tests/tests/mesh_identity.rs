@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use undermesh_lab::figures::Witness;
+use undermesh_lab::metrics::Metrics;
 use undermesh_lab::traffic::{ClientOptions, Failure, ServeOptions};
 use undermesh_lab::{Lab, PodHandle, PodSpec, ServiceSpec, Side, machine, wait};
 
@@ -155,7 +156,17 @@ fn only_a_certificate_of_the_own_trust_domain_opens_the_tunnel_port() -> Result<
         said.contains("certificate required"),
         "no certificate: {said}"
     );
-    Ok(())
+    // Each of them is seen, with its reason.
+    let agent = lab.node(Side::B)?.agent();
+    wait::until_true(
+        "refused tunnels to be counted",
+        Duration::from_secs(10),
+        || {
+            let metrics = Metrics::parse(&agent.metrics()?);
+            let name = "undermesh_tcp_connections_failed_total";
+            Ok(metrics.count(name, &[("direction", "inbound"), ("reason", "tls")]) == 3)
+        },
+    )
 }
 
 /// Serial numbers of the certificates that both agents hold.

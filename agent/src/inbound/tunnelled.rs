@@ -1,5 +1,6 @@
 //! A tunnel that another agent opened to a pod, and the connections inside it.
 
+use std::fmt;
 use std::future::Future;
 use std::net::SocketAddr;
 use std::pin::Pin;
@@ -12,10 +13,11 @@ use crate::capture::{Accepted, EnrolledPod};
 use crate::mesh::{Mode, Snapshot, SpiffeId, authorize};
 use crate::relay::{Ended, Peer, relay_tunnel};
 use crate::telemetry::{ConnectionInfo, Direction, FailureReason, Party, Security};
-use crate::tunnel::{self, Incoming, Refusal, TunnelService};
+use crate::tunnel::{self, Incoming, Refusal, TunnelError, TunnelService};
 
-/// How long a tunnel waits for its pod's first certificate, as right after enrolment.
-const FIRST_CERTIFICATE: Duration = Duration::from_secs(5);
+/// How long a tunnel waits for its pod's first certificate, as right after enrolment: less than
+/// the peer waits for the handshake, so that it learns of a refusal.
+const FIRST_CERTIFICATE: Duration = Duration::from_secs(4);
 
 /// What serves the streams of one tunnel.
 struct ToPod {
@@ -33,13 +35,23 @@ impl Inbound {
             local,
             ..
         } = accepted;
-        let identity = pod.workload().identity.clone();
-        let certificate = match self.certificates.ready(&identity, FIRST_CERTIFICATE).await {
+        let workload = pod.workload();
+        let identity = &workload.identity;
+        // What is refused before it says who it is counts as a connection that failed.
+        let refuse = |reason, error: &dyn fmt::Display| {
+            let connection = self.telemetry.open(ConnectionInfo {
+                direction: Direction::Inbound,
+                source: Party::unknown(peer),
+                destination: Party::of(&workload, local),
+                service: None,
+                security: Security::Unknown,
+                original_destination: local,
+            });
+            connection.fail(reason, error);
+        };
+        let certificate = match self.certificates.ready(identity, FIRST_CERTIFICATE).await {
             Ok(certificate) => certificate,
-            Err(error) => {
-                tracing::warn!(%peer, %local, %identity, %error, "tunnel refused: no certificate");
-                return;
-            }
+            Err(error) => return refuse(FailureReason::NoCertificate, &error),
         };
         let service = Arc::new(ToPod {
             inbound: self.clone(),
@@ -53,8 +65,30 @@ impl Inbound {
             () = pod.gone().cancelled() => return,
         };
         if let Err(error) = served {
-            tracing::info!(%peer, %local, %identity, %error, "tunnel ended");
+            match refusal(&error) {
+                Some(reason) => refuse(reason, &error),
+                None => tracing::info!(%peer, %local, %identity, %error, "tunnel ended"),
+            }
         }
+    }
+}
+
+/// Why a peer did not get as far as a tunnel; none if it did, and the tunnel ended later.
+fn refusal(error: &TunnelError) -> Option<FailureReason> {
+    match error {
+        TunnelError::Tls { .. } | TunnelError::Protocol { .. } | TunnelError::Timeout { .. } => {
+            Some(FailureReason::Tls)
+        }
+        TunnelError::PeerCertificate { .. } | TunnelError::PeerIdentity { .. } => {
+            Some(FailureReason::PeerIdentity)
+        }
+        TunnelError::Dial { .. }
+        | TunnelError::Refused { .. }
+        | TunnelError::Broken { .. }
+        | TunnelError::Saturated { .. }
+        | TunnelError::SourceGone
+        | TunnelError::Silent { .. }
+        | TunnelError::Flood { .. } => None,
     }
 }
 

@@ -38,7 +38,10 @@ impl From<&io::Error> for Failure {
         use io::ErrorKind as K;
         match error.kind() {
             K::ConnectionRefused => Self::Refused,
-            K::ConnectionReset | K::BrokenPipe | K::ConnectionAborted => Self::Reset,
+            // The last: it was reset before the client came to ask for its addresses.
+            K::ConnectionReset | K::BrokenPipe | K::ConnectionAborted | K::NotConnected => {
+                Self::Reset
+            }
             K::TimedOut => Self::Timeout,
             K::UnexpectedEof => Self::Truncated,
             K::InvalidData => Self::Mismatch,
