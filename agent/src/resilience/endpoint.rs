@@ -1,0 +1,131 @@
+//! One endpoint, and what is known of it: load, requests in flight, health. It outlives changes of
+//! the set that it belongs to, so churn forgets nothing.
+
+use std::fmt;
+use std::hash::Hash;
+use std::time::Duration;
+
+use super::balance::ewma::PeakEwma;
+use super::ejection::health::Health;
+use super::sync::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use super::time::Timestamp;
+
+/// What identifies an endpoint to the caller: an address together with the workload's uid, so that
+/// a reused address is a new endpoint.
+pub trait Target: Clone + Eq + Hash + fmt::Debug + Send + Sync + 'static {}
+
+impl<T: Clone + Eq + Hash + fmt::Debug + Send + Sync + 'static> Target for T {}
+
+/// How many locality tiers there are; 0 is the nearest.
+pub const TIERS: usize = 4;
+
+/// One endpoint as discovery describes it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Member<T> {
+    /// Which one.
+    pub target: T,
+    /// Its share of traffic relative to others. Range 1 to 65,535; 0 counts as 1.
+    pub weight: u32,
+    /// Its locality tier, 0 nearest. Above 3 counts as 3.
+    pub tier: u8,
+}
+
+impl<T> Member<T> {
+    /// An endpoint of weight 1 in the nearest tier.
+    pub const fn new(target: T) -> Self {
+        Self {
+            target,
+            weight: 1,
+            tier: 0,
+        }
+    }
+
+    pub(super) fn tier_index(&self) -> usize {
+        usize::from(self.tier).min(TIERS - 1)
+    }
+}
+
+/// One endpoint and what has been learned of it.
+#[derive(Debug)]
+pub struct Endpoint<T> {
+    target: T,
+    weight: AtomicU32,
+    in_flight: AtomicU32,
+    ejected: AtomicBool,
+    /// Slow start counts from here.
+    warm_from: AtomicU64,
+    /// Attempts that began before this moment are stragglers: no verdict.
+    judged_from: AtomicU64,
+    pub(super) load: PeakEwma,
+    pub(super) health: Health,
+}
+
+impl<T: Target> Endpoint<T> {
+    pub(super) fn new(member: &Member<T>, window: Duration, now: Timestamp) -> Self {
+        Self {
+            target: member.target.clone(),
+            weight: AtomicU32::new(clamp_weight(member.weight)),
+            in_flight: AtomicU32::new(0),
+            ejected: AtomicBool::new(false),
+            warm_from: AtomicU64::new(now.as_nanos()),
+            judged_from: AtomicU64::new(0),
+            load: PeakEwma::new(now),
+            health: Health::new(window),
+        }
+    }
+
+    /// Which one.
+    pub const fn target(&self) -> &T {
+        &self.target
+    }
+
+    /// Its share of traffic relative to others.
+    pub fn weight(&self) -> u32 {
+        self.weight.load(Ordering::Relaxed)
+    }
+
+    /// Attempts under way to it from this node.
+    pub fn in_flight(&self) -> u32 {
+        self.in_flight.load(Ordering::Relaxed)
+    }
+
+    /// Whether it is ejected for everybody.
+    pub fn is_ejected(&self) -> bool {
+        self.ejected.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn set_weight(&self, weight: u32) {
+        self.weight.store(clamp_weight(weight), Ordering::Relaxed);
+    }
+
+    pub(super) fn set_ejected(&self, ejected: bool) {
+        self.ejected.store(ejected, Ordering::Relaxed);
+    }
+
+    pub(super) fn warm_from(&self) -> Timestamp {
+        Timestamp::from_nanos(self.warm_from.load(Ordering::Relaxed))
+    }
+
+    /// Outcomes of attempts begun before `now` no longer count, and slow start begins.
+    pub(super) fn judge_from(&self, now: Timestamp) {
+        self.judged_from.store(now.as_nanos(), Ordering::Relaxed);
+        self.warm_from.store(now.as_nanos(), Ordering::Relaxed);
+        self.health.clear();
+    }
+
+    pub(super) fn is_straggler(&self, started: Timestamp) -> bool {
+        started.as_nanos() < self.judged_from.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn begin(&self) {
+        self.in_flight.fetch_add(1, Ordering::Relaxed);
+    }
+
+    pub(super) fn end(&self) {
+        self.in_flight.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+fn clamp_weight(weight: u32) -> u32 {
+    weight.clamp(1, u32::from(u16::MAX))
+}
