@@ -11,7 +11,7 @@
 
 use std::time::Duration;
 
-use super::rolling::RollingCounter;
+use super::rolling::{Added, RollingCounter};
 use super::sync::{AtomicU64, Ordering};
 use super::time::Timestamp;
 use super::validate::{Faults, Validate};
@@ -75,6 +75,18 @@ pub struct Deposit(());
 #[error("the retry budget is spent")]
 pub struct BudgetSpent;
 
+/// Where requests pay and retries are paid from.
+pub trait Purse {
+    /// A request begins, and pays.
+    fn deposit(&self, now: Timestamp) -> Deposit;
+
+    /// Asks for one retry of a request that has paid.
+    ///
+    /// # Errors
+    /// [`BudgetSpent`] when the window's retries are used up; counted.
+    fn withdraw(&self, deposit: &Deposit, now: Timestamp) -> Result<(), BudgetSpent>;
+}
+
 impl RetryBudget {
     /// An unspent budget.
     pub fn new(settings: &BudgetSettings) -> Self {
@@ -88,28 +100,22 @@ impl RetryBudget {
         }
     }
 
-    /// A request begins, and pays.
-    pub fn deposit(&self, now: Timestamp) -> Deposit {
-        self.requests.add(now);
-        Deposit(())
-    }
-
-    /// Asks for one retry of a request that has paid.
-    ///
-    /// # Errors
-    /// [`BudgetSpent`] when the window's retries are used up; counted.
-    pub fn withdraw(&self, _: &Deposit, now: Timestamp) -> Result<(), BudgetSpent> {
+    /// Takes one retry, if there is one left.
+    fn reserve(&self, now: Timestamp) -> Result<Added, BudgetSpent> {
         // Reserve, then look: of several workers at the limit each sees the reservations of the
         // others, so together they never exceed it. At worst both step back.
         let reserved = self.retries.add(now);
         let allowed = ((self.ratio * self.requests.sum(now) as f64) as u64).max(self.floor);
         if self.retries.sum(now) <= allowed {
-            self.granted.fetch_add(1, Ordering::Relaxed);
-            return Ok(());
+            return Ok(reserved);
         }
         self.retries.take_back(reserved);
+        Err(self.refuse())
+    }
+
+    fn refuse(&self) -> BudgetSpent {
         self.refused.fetch_add(1, Ordering::Relaxed);
-        Err(BudgetSpent)
+        BudgetSpent
     }
 
     /// Retries granted since the start.
@@ -120,6 +126,44 @@ impl RetryBudget {
     /// Retries refused since the start.
     pub fn refused(&self) -> u64 {
         self.refused.load(Ordering::Relaxed)
+    }
+}
+
+impl Purse for RetryBudget {
+    fn deposit(&self, now: Timestamp) -> Deposit {
+        self.requests.add(now);
+        Deposit(())
+    }
+
+    fn withdraw(&self, _: &Deposit, now: Timestamp) -> Result<(), BudgetSpent> {
+        self.reserve(now)?;
+        self.granted.fetch_add(1, Ordering::Relaxed);
+        Ok(())
+    }
+}
+
+/// One source's part of a destination's budget. A source whose every request fails would spend what
+/// the requests of all have paid; so each spends at most what its own have paid (or the minimum),
+/// and all together no more than the whole.
+#[derive(Clone, Copy, Debug)]
+pub struct Share<'a> {
+    /// The source's own account.
+    pub own: &'a RetryBudget,
+    /// The destination's.
+    pub whole: &'a RetryBudget,
+}
+
+impl Purse for Share<'_> {
+    fn deposit(&self, now: Timestamp) -> Deposit {
+        self.own.requests.add(now);
+        self.whole.deposit(now)
+    }
+
+    fn withdraw(&self, deposit: &Deposit, now: Timestamp) -> Result<(), BudgetSpent> {
+        let reserved = self.own.reserve(now)?;
+        self.whole
+            .withdraw(deposit, now)
+            .inspect_err(|_| self.own.retries.take_back(reserved))
     }
 }
 
@@ -173,6 +217,34 @@ mod tests {
             .filter(|_| budget.withdraw(&deposit, Timestamp::ZERO).is_ok())
             .count();
         assert_eq!(granted, 200);
+    }
+
+    #[test]
+    fn a_source_whose_every_request_fails_spends_only_its_own_part() {
+        let settings = BudgetSettings {
+            minimum_rate: 1.0,
+            ..BudgetSettings::default()
+        };
+        let (whole, loud, quiet) = (
+            RetryBudget::new(&settings),
+            RetryBudget::new(&settings),
+            RetryBudget::new(&settings),
+        );
+        let of = |own| Share { own, whole: &whole };
+        let mut taken = 0;
+        for _ in 0..1000 {
+            let deposit = of(&loud).deposit(Timestamp::ZERO);
+            let _paid_by_the_quiet_one = of(&quiet).deposit(Timestamp::ZERO);
+            for _ in 0..3 {
+                taken += u32::from(of(&loud).withdraw(&deposit, Timestamp::ZERO).is_ok());
+            }
+        }
+        assert_eq!(taken, 200);
+        let deposit = of(&quiet).deposit(Timestamp::ZERO);
+        let left = (0..1000)
+            .filter(|_| of(&quiet).withdraw(&deposit, Timestamp::ZERO).is_ok())
+            .count();
+        assert_eq!(left, 200);
     }
 
     proptest! {

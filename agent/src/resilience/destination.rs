@@ -10,7 +10,7 @@ use arc_swap::ArcSwap;
 use rand::Rng;
 
 use super::balance::{BalanceSettings, Chooser, Set, Wish};
-use super::budget::{BudgetSettings, RetryBudget};
+use super::budget::{BudgetSettings, RetryBudget, Share};
 use super::ejection::{EjectionSettings, Ejector, Probe, SourceId, SourceState};
 use super::endpoint::{Endpoint, Member, Target};
 use super::event::EventSink;
@@ -41,6 +41,7 @@ pub struct Destination<T: Target> {
     chooser: Chooser,
     ejector: Ejector<T>,
     budget: RetryBudget,
+    budget_settings: BudgetSettings,
     /// Held while the set changes, so that changes come one after the other.
     departed: Mutex<Departed<T>>,
     sources: Mutex<HashMap<SourceId, Arc<SourceState<T>>>>,
@@ -127,6 +128,7 @@ impl<T: Target> Destination<T> {
                 settings.sink,
             ),
             budget: RetryBudget::new(&settings.budget),
+            budget_settings: settings.budget,
             departed: Mutex::new(HashMap::new()),
             sources: Mutex::new(HashMap::new()),
             next_comparison: AtomicU64::new(0),
@@ -149,7 +151,7 @@ impl<T: Target> Destination<T> {
         }
         let state = sources
             .entry(id)
-            .or_insert_with(|| Arc::new(SourceState::new(id, now)));
+            .or_insert_with(|| Arc::new(SourceState::new(id, &self.budget_settings, now)));
         Arc::new(Source {
             destination: Arc::clone(self),
             state: Arc::clone(state),
@@ -292,6 +294,14 @@ impl<T: Target> Source<T> {
     /// Who it is.
     pub fn id(&self) -> SourceId {
         self.state.id()
+    }
+
+    /// This source's part of the retry budget.
+    pub fn budget(&self) -> Share<'_> {
+        Share {
+            own: &self.state.budget,
+            whole: &self.destination.budget,
+        }
     }
 
     /// Whether an endpoint is ejected for this source alone.

@@ -41,7 +41,7 @@ pub use backoff::Backoff;
 pub use balance::{Algorithm, BalanceSettings};
 pub use breaker::{Breaker, BreakerSettings, BreakerState};
 pub use breakers::Breakers;
-pub use budget::{BudgetSettings, RetryBudget};
+pub use budget::{BudgetSettings, Purse, RetryBudget};
 pub use destination::{Ask, Attempt, Destination, NoEndpoint};
 pub use ejection::EjectionSettings;
 pub use endpoint::{Endpoint, Member, Target};

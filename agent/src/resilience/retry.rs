@@ -9,7 +9,7 @@ use std::time::Duration;
 use rand::Rng;
 
 use super::backoff::Backoff;
-use super::budget::{Deposit, RetryBudget};
+use super::budget::{Deposit, Purse};
 use super::hedge::Hedge;
 use super::outcome::{Code, Failure, Outcome, grpc};
 use super::time::Timestamp;
@@ -260,7 +260,7 @@ pub struct Retries {
 
 impl Retries {
     /// A request begins: it pays into the budget, once.
-    pub fn begin(budget: &RetryBudget, nature: Nature, deadline: Deadline, now: Timestamp) -> Self {
+    pub fn begin(budget: &impl Purse, nature: Nature, deadline: Deadline, now: Timestamp) -> Self {
         Self {
             nature,
             deadline,
@@ -275,7 +275,7 @@ impl Retries {
         policy: &RetryPolicy,
         outcome: Outcome,
         facts: Facts,
-        budget: &RetryBudget,
+        budget: &impl Purse,
         rng: &mut (impl Rng + ?Sized),
         now: Timestamp,
     ) -> Decision {
@@ -297,7 +297,7 @@ impl Retries {
         &mut self,
         policy: &RetryPolicy,
         waited: Duration,
-        budget: &RetryBudget,
+        budget: &impl Purse,
         now: Timestamp,
     ) -> bool {
         let Some(hedge) = &policy.hedge else {

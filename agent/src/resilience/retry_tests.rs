@@ -4,7 +4,7 @@ use rand::SeedableRng;
 use rand::rngs::SmallRng;
 
 use super::*;
-use crate::resilience::budget::BudgetSettings;
+use crate::resilience::budget::{BudgetSettings, RetryBudget};
 use crate::resilience::outcome::Unsent;
 use crate::resilience::timeout::Timeouts;
 

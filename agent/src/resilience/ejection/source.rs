@@ -4,6 +4,7 @@ use std::collections::HashSet;
 
 use serde::Serialize;
 
+use super::super::budget::{BudgetSettings, RetryBudget};
 use super::super::endpoint::Target;
 use super::super::sync::{AtomicU32, AtomicU64, Mutex, Ordering};
 use super::super::time::Timestamp;
@@ -23,16 +24,19 @@ pub struct SourceState<T> {
     count: AtomicU32,
     next_return: AtomicU64,
     ejected: Mutex<HashSet<T>>,
+    /// What its own requests paid for.
+    pub(in super::super) budget: RetryBudget,
 }
 
 impl<T: Target> SourceState<T> {
-    pub(in super::super) fn new(id: SourceId, now: Timestamp) -> Self {
+    pub(in super::super) fn new(id: SourceId, budget: &BudgetSettings, now: Timestamp) -> Self {
         Self {
             id,
             last_seen: AtomicU64::new(now.as_nanos()),
             count: AtomicU32::new(0),
             next_return: AtomicU64::new(Timestamp::NEVER.as_nanos()),
             ejected: Mutex::new(HashSet::new()),
+            budget: RetryBudget::new(budget),
         }
     }
 
