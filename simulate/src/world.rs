@@ -95,6 +95,8 @@ pub struct World<'s, P: Proxy> {
     now: Timestamp,
     events: BinaryHeap<Reverse<(Timestamp, u64, Event)>>,
     serial: u64,
+    /// Of its own, so that all policies get the same requests at the same moments.
+    arrivals: SmallRng,
     rng: SmallRng,
     servers: Vec<Server>,
     present: BTreeSet<u32>,
@@ -118,7 +120,8 @@ impl<'s, P: Proxy> World<'s, P> {
             now: Timestamp::ZERO,
             events: BinaryHeap::new(),
             serial: 0,
-            rng: SmallRng::seed_from_u64(seed),
+            arrivals: SmallRng::seed_from_u64(seed),
+            rng: SmallRng::seed_from_u64(seed.wrapping_add(1)),
             servers: (0..most).map(|_| Server::new()).collect(),
             present: (0..scenario.endpoints).collect(),
             proxies: (0..NODES).map(proxy).collect(),
@@ -216,7 +219,7 @@ impl<'s, P: Proxy> World<'s, P> {
     }
 
     fn exponential(&mut self, rate: f64) -> Duration {
-        let chance: f64 = self.rng.random();
+        let chance: f64 = self.arrivals.random();
         Duration::from_secs_f64(-(1.0 - chance).ln() / rate)
     }
 
@@ -228,7 +231,7 @@ impl<'s, P: Proxy> World<'s, P> {
             .filter(|(from, until, _)| (*from..*until).contains(&at));
         let rate = self.scenario.rate * rush.map_or(1.0, |(_, _, factor)| factor);
         let wait = self.exponential(rate);
-        let client = self.rng.random_range(0..CLIENTS);
+        let client = self.arrivals.random_range(0..CLIENTS);
         self.after(wait, Event::Arrive { client });
     }
 

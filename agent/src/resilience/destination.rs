@@ -350,7 +350,7 @@ impl<T: Target> Source<T> {
         probe: Option<Probe>,
         now: Timestamp,
     ) -> Attempt<T> {
-        endpoint.begin();
+        endpoint.begin(now);
         self.destination.chooser.begin();
         Attempt {
             source: Arc::clone(self),
@@ -391,6 +391,9 @@ impl<T: Target> Attempt<T> {
     /// Tells how it ended.
     pub fn finish(mut self, outcome: Outcome, now: Timestamp) {
         let verdict = outcome.of_endpoint();
+        if verdict.is_some() {
+            self.endpoint.progressed(now);
+        }
         let elapsed = now.since(self.started);
         match (outcome, verdict) {
             // Nothing was learned of the endpoint's speed.

@@ -52,6 +52,8 @@ pub struct Endpoint<T> {
     weight: AtomicU32,
     in_flight: AtomicU32,
     ejected: AtomicBool,
+    /// When an attempt last ended, or the first of those under way began.
+    last_progress: AtomicU64,
     /// Slow start counts from here.
     warm_from: AtomicU64,
     /// Attempts that began before this moment are stragglers: no verdict.
@@ -67,6 +69,7 @@ impl<T: Target> Endpoint<T> {
             weight: AtomicU32::new(clamp_weight(member.weight)),
             in_flight: AtomicU32::new(0),
             ejected: AtomicBool::new(false),
+            last_progress: AtomicU64::new(now.as_nanos()),
             warm_from: AtomicU64::new(now.as_nanos()),
             judged_from: AtomicU64::new(0),
             load: PeakEwma::new(now),
@@ -117,12 +120,32 @@ impl<T: Target> Endpoint<T> {
         started.as_nanos() < self.judged_from.load(Ordering::Relaxed)
     }
 
-    pub(super) fn begin(&self) {
-        self.in_flight.fetch_add(1, Ordering::Relaxed);
+    pub(super) fn begin(&self, now: Timestamp) {
+        if self.in_flight.fetch_add(1, Ordering::Relaxed) == 0 {
+            self.last_progress.store(now.as_nanos(), Ordering::Relaxed);
+        }
+    }
+
+    pub(super) fn progressed(&self, now: Timestamp) {
+        self.last_progress.store(now.as_nanos(), Ordering::Relaxed);
     }
 
     pub(super) fn end(&self) {
         self.in_flight.fetch_sub(1, Ordering::Relaxed);
+    }
+
+    /// What one more attempt would wait: latency times the attempts before it. An endpoint that
+    /// hangs has no latency to show yet, but it has not answered for so long.
+    pub(super) fn cost(&self, now: Timestamp) -> f64 {
+        let in_flight = self.in_flight();
+        let mut latency = f64::from(self.load.nanos(now));
+        if in_flight > 0 {
+            let silence = now
+                .as_nanos()
+                .saturating_sub(self.last_progress.load(Ordering::Relaxed));
+            latency = latency.max(silence as f64);
+        }
+        (latency + 1.0) * f64::from(in_flight + 1) / f64::from(self.weight())
     }
 }
 

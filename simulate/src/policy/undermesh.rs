@@ -1,5 +1,5 @@
-//! The agent's own resilience module, with its defaults; the route asks for retries, as it does of
-//! the others.
+//! The agent's own resilience module, with its defaults. The route asks for retries, as it does of
+//! the others, and for the adaptive concurrency limit.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -17,6 +17,7 @@ use crate::resilience::destination::{
 use crate::resilience::ejection::{Change, EjectionSettings, Scope, SourceId};
 use crate::resilience::endpoint::Member;
 use crate::resilience::event::{Event, EventLog};
+use crate::resilience::limit::{AdaptiveLimit, AdaptiveSettings, Slot};
 use crate::resilience::retry::{
     Body, Condition, Decision, Facts, Method, Nature, Retries, RetryPolicy,
 };
@@ -36,16 +37,19 @@ pub enum Mechanism {
     Ejection,
     /// P2C peak-EWMA: round robin instead.
     Balancing,
+    /// The adaptive concurrency limit.
+    Limit,
 }
 
 impl Mechanism {
     /// All of them.
-    pub const ALL: [Self; 5] = [
+    pub const ALL: [Self; 6] = [
         Self::Retry,
         Self::Budget,
         Self::Breaker,
         Self::Ejection,
         Self::Balancing,
+        Self::Limit,
     ];
 }
 
@@ -57,6 +61,7 @@ pub struct Undermesh {
     sources: HashMap<u32, Arc<Source<u32>>>,
     policy: RetryPolicy,
     timeouts: Timeouts,
+    limit: Option<Arc<AdaptiveLimit>>,
     log: Arc<EventLog>,
     ejections: Vec<Ejected>,
 }
@@ -64,13 +69,29 @@ pub struct Undermesh {
 /// A request under way.
 #[derive(Debug)]
 pub struct Ticket {
-    under_way: Option<UnderWay>,
+    stage: Stage,
 }
+
+#[derive(Debug)]
+enum Stage {
+    /// Waits for a place below the concurrency limit.
+    Queued {
+        client: u32,
+        since: Timestamp,
+    },
+    UnderWay(Box<UnderWay>),
+    Over,
+}
+
+/// How long a request waits for a place, and how often it looks.
+const QUEUE: Duration = Duration::from_millis(100);
+const LOOK: Duration = Duration::from_millis(5);
 
 #[derive(Debug)]
 struct UnderWay {
     source: Arc<Source<u32>>,
     permit: Permit,
+    _place: Option<Slot>,
     retries: Retries,
     attempt: Option<Attempt<u32>>,
     tried: Vec<u32>,
@@ -125,6 +146,8 @@ impl Undermesh {
             sources: HashMap::new(),
             policy,
             timeouts: Timeouts::default(),
+            limit: (!is_out(Mechanism::Limit))
+                .then(|| AdaptiveLimit::new(AdaptiveSettings::default(), Timestamp::ZERO)),
             log,
             ejections: Vec::new(),
         }
@@ -150,6 +173,46 @@ impl Undermesh {
             }
             Err(_) => Step::Finish(Outcome::Shed),
         }
+    }
+
+    /// Breaker, limit, then the first attempt.
+    fn admit(
+        &mut self,
+        client: u32,
+        since: Timestamp,
+        rng: &mut SmallRng,
+        now: Timestamp,
+    ) -> (Stage, Step) {
+        let Ok(permit) = self.breaker.admit(now) else {
+            return (Stage::Over, Step::Finish(Outcome::Shed));
+        };
+        let place = self.limit.as_ref().map(|limit| limit.take()).transpose();
+        let Ok(place) = place else {
+            return if now.since(since) < QUEUE {
+                (Stage::Queued { client, since }, Step::Wait(LOOK))
+            } else {
+                (Stage::Over, Step::Finish(Outcome::Shed))
+            };
+        };
+        let source = self
+            .sources
+            .entry(client)
+            .or_insert_with(|| self.destination.source(SourceId(u64::from(client)), now));
+        let nature = Nature {
+            method: Method::Safe,
+            body: Body::None,
+        };
+        let retries = Retries::begin(&source.budget(), nature, self.timeouts.deadline(now), now);
+        let mut under_way = Box::new(UnderWay {
+            source: Arc::clone(source),
+            permit,
+            _place: place,
+            retries,
+            attempt: None,
+            tried: Vec::new(),
+        });
+        let step = self.send(&mut under_way, rng, now);
+        (Stage::UnderWay(under_way), step)
     }
 
     fn drain(&mut self) {
@@ -178,32 +241,8 @@ impl Proxy for Undermesh {
     type Ticket = Ticket;
 
     fn begin(&mut self, client: u32, rng: &mut SmallRng, now: Timestamp) -> (Ticket, Step) {
-        let Ok(permit) = self.breaker.admit(now) else {
-            return (Ticket { under_way: None }, Step::Finish(Outcome::Shed));
-        };
-        let source = self
-            .sources
-            .entry(client)
-            .or_insert_with(|| self.destination.source(SourceId(u64::from(client)), now));
-        let nature = Nature {
-            method: Method::Safe,
-            body: Body::None,
-        };
-        let retries = Retries::begin(&source.budget(), nature, self.timeouts.deadline(now), now);
-        let mut under_way = UnderWay {
-            source: Arc::clone(source),
-            permit,
-            retries,
-            attempt: None,
-            tried: Vec::new(),
-        };
-        let step = self.send(&mut under_way, rng, now);
-        (
-            Ticket {
-                under_way: Some(under_way),
-            },
-            step,
-        )
+        let (stage, step) = self.admit(client, now, rng, now);
+        (Ticket { stage }, step)
     }
 
     fn ended(
@@ -213,10 +252,14 @@ impl Proxy for Undermesh {
         rng: &mut SmallRng,
         now: Timestamp,
     ) -> Step {
-        let Some(mut under_way) = ticket.under_way.take() else {
+        let Stage::UnderWay(mut under_way) = std::mem::replace(&mut ticket.stage, Stage::Over)
+        else {
             return Step::Finish(outcome);
         };
         if let Some(attempt) = under_way.attempt.take() {
+            if let Some(limit) = &self.limit {
+                limit.sample(now.since(attempt.started()), outcome, now);
+            }
             attempt.finish(outcome, now);
         }
         let budget = under_way.source.budget();
@@ -225,7 +268,7 @@ impl Proxy for Undermesh {
             .next(&self.policy, outcome, Facts::default(), &budget, rng, now)
         {
             Decision::Retry { after } => {
-                ticket.under_way = Some(under_way);
+                ticket.stage = Stage::UnderWay(under_way);
                 Step::Wait(after)
             }
             Decision::Stop(_) => {
@@ -236,14 +279,19 @@ impl Proxy for Undermesh {
     }
 
     fn resume(&mut self, ticket: &mut Ticket, rng: &mut SmallRng, now: Timestamp) -> Step {
-        match &mut ticket.under_way {
-            Some(under_way) => self.send(under_way, rng, now),
-            None => Step::Finish(Outcome::Shed),
+        match &mut ticket.stage {
+            Stage::UnderWay(under_way) => self.send(under_way, rng, now),
+            Stage::Queued { client, since } => {
+                let (stage, step) = self.admit(*client, *since, rng, now);
+                ticket.stage = stage;
+                step
+            }
+            Stage::Over => Step::Finish(Outcome::Shed),
         }
     }
 
     fn cancel(&mut self, ticket: Ticket, now: Timestamp) {
-        if let Some(under_way) = ticket.under_way {
+        if let Stage::UnderWay(under_way) = ticket.stage {
             if let Some(attempt) = under_way.attempt {
                 attempt.finish(Outcome::Cancelled, now);
             }

@@ -174,11 +174,9 @@ impl Chooser {
                 self.bounded(around, set, pass, wish)
             }
             // Hashing without a hash: as if there were no affinity.
-            (Algorithm::PeakEwma | Algorithm::RingHash | Algorithm::Maglev, _) => self
-                .better_of_two(members, pass, wish, rng, |endpoint| {
-                    let latency = f64::from(endpoint.load.nanos(wish.now)) + 1.0;
-                    latency * f64::from(endpoint.in_flight() + 1) / f64::from(endpoint.weight())
-                }),
+            (Algorithm::PeakEwma | Algorithm::RingHash | Algorithm::Maglev, _) => {
+                self.better_of_two(members, pass, wish, rng, |endpoint| endpoint.cost(wish.now))
+            }
         }
     }
 

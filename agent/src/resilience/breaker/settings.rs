@@ -9,7 +9,7 @@ use super::word::COUNT_MAX;
 /// Thresholds and times of a circuit breaker.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct BreakerSettings {
-    /// Opens when this share of the window's requests failed. Range 0.01 to 1, default 0.8: below
+    /// Opens when this share of the window's requests failed. Range 0.01 to 1, default 0.9: below
     /// it some requests still succeed, which an open breaker would lose.
     pub failure_ratio: f64,
     /// The ratio is not judged on fewer requests than this. Range 1 to 1,000,000, default 20.
@@ -18,7 +18,7 @@ pub struct BreakerSettings {
     pub consecutive: Option<u32>,
     /// The window of the ratio, in tenths. Range 1 s to 10 min, default 2 s.
     pub window: Duration,
-    /// How long it stays open; doubles with every probe that fails. Default 100 ms to 1 s, of
+    /// How long it stays open; doubles with every probe that fails. Default 100 ms to 250 ms, of
     /// which half is left to chance: a probe is one request, and each moment that a breaker stays
     /// open after the destination came back loses requests.
     pub open_time: Backoff,
@@ -31,13 +31,13 @@ pub struct BreakerSettings {
 impl Default for BreakerSettings {
     fn default() -> Self {
         Self {
-            failure_ratio: 0.8,
+            failure_ratio: 0.9,
             minimum_requests: 20,
             consecutive: None,
             window: Duration::from_secs(2),
             open_time: Backoff {
                 base: Duration::from_millis(100),
-                cap: Duration::from_secs(1),
+                cap: Duration::from_millis(250),
                 jitter: 0.5,
             },
             probes: 3,
