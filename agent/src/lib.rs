@@ -2,6 +2,7 @@
 //! it happens: see `docs/architecture.md`.
 
 pub mod admin;
+pub mod agent;
 pub mod capture;
 pub mod cli;
 pub mod discovery;

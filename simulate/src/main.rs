@@ -89,7 +89,7 @@ fn main() -> anyhow::Result<()> {
     if let Some(path) = &arguments.json {
         let report = json!({
             "schema": 1,
-            "command": std::env::args().collect::<Vec<_>>().join(" "),
+            "command": "simulate",
             "commit": output("git", &["rev-parse", "HEAD"]),
             "kernel": output("uname", &["-r"]),
             "cpus": std::thread::available_parallelism().map_or(1, std::num::NonZero::get),

@@ -1,2 +1,58 @@
 //! Everything a developer of Undermesh runs.
-fn main() {}
+
+mod build;
+mod cluster;
+mod debian;
+mod demo;
+mod lab;
+mod programs;
+mod report;
+mod simulate;
+mod test;
+mod toolchain;
+
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+use undermesh_lab::interrupt;
+
+#[derive(Parser)]
+#[command(about = "Everything a developer of Undermesh runs")]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Build the kernel programs and the agent that embeds them.
+    Build(build::Options),
+    /// Two simulated nodes with an agent each, and real programs that talk through them.
+    Demo(demo::Options),
+    /// Two simulated nodes to drive by hand.
+    Lab(lab::Options),
+    /// Failures under the resilience of Undermesh and of others, simulated.
+    Simulate(simulate::Options),
+    /// Run every test: units, kernel programs, and end to end.
+    Test(test::Options),
+}
+
+fn main() -> ExitCode {
+    let outcome = run(&Arguments::parse().command);
+    outcome.unwrap_or_else(|error| {
+        eprintln!("error: {error:#}");
+        ExitCode::FAILURE
+    })
+}
+
+fn run(command: &Command) -> Result<ExitCode> {
+    ctrlc::set_handler(interrupt::interrupt)?;
+    match command {
+        Command::Build(options) => build::run(options).map(|()| ExitCode::SUCCESS),
+        Command::Demo(options) => demo::run(options),
+        Command::Lab(options) => lab::run(options),
+        Command::Simulate(options) => simulate::run(options),
+        Command::Test(options) => test::run(options),
+    }
+}

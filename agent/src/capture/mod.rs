@@ -1,1 +1,219 @@
 //! The kernel side of a node: load, attach, pin, enrol pods, admit tuples.
+//!
+//! A pod's connections to the mesh come out at listeners of this process inside the pod's network
+//! namespace; [`Capture`] keeps that so for every pod that the model wants in the mesh, and hands
+//! the connections to a [`Handler`].
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use arc_swap::ArcSwapOption;
+use parking_lot::Mutex;
+use thiserror::Error;
+use tokio::sync::watch;
+use tokio::time::timeout;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::mesh::{Snapshot, WorkloadUid};
+
+mod accept;
+mod backoff;
+mod counters;
+mod enrol;
+pub mod kernel;
+mod netns;
+mod network;
+mod pod;
+mod ports;
+mod probe;
+mod reconcile;
+mod registry;
+mod sockets;
+mod status;
+mod sys;
+mod sysctl;
+mod task;
+#[cfg(test)]
+mod tests;
+
+pub use accept::{Accepted, Handler, Role};
+pub use enrol::EnrolError;
+pub use kernel::{HBONE_PORT, Kernel, KernelError, KernelOptions};
+pub use netns::NetnsError;
+pub use pod::{CONNECTIONS_PER_POD, Dial, DialError, EnrolledPod, Tracked};
+pub use probe::Proof;
+pub use sockets::{AdoptError, Listener, PodAddresses, end_in_order};
+pub use status::{Guarantee, Moment, Phase, PodStatus, Proven};
+
+use counters::Counters;
+use enrol::{Tools, on_kernel};
+use netns::NetnsWorker;
+use reconcile::Reconciler;
+use registry::Registry;
+
+/// How long the tasks of pods may take to close their listeners.
+const SHUTDOWN_LIMIT: Duration = Duration::from_secs(5);
+
+/// What capture needs to know.
+#[derive(Debug, Clone)]
+pub struct CaptureOptions {
+    /// Name of this node: its pods are enrolled.
+    pub node: String,
+    /// Where programs are attached and pinned.
+    pub kernel: KernelOptions,
+}
+
+/// Why capture could not be started or taken away.
+#[derive(Debug, Error)]
+pub enum CaptureError {
+    /// Programs and maps.
+    #[error(transparent)]
+    Kernel(#[from] KernelError),
+    /// The threads that enter network namespaces.
+    #[error(transparent)]
+    Netns(#[from] NetnsError),
+}
+
+/// The kernel side of a node.
+pub struct Capture {
+    node: String,
+    tools: Arc<Tools>,
+    registry: Arc<Registry>,
+    wanted: watch::Sender<Option<Arc<Snapshot>>>,
+    target_error: Arc<Mutex<Option<String>>>,
+    tasks: TaskTracker,
+    stop: CancellationToken,
+    stop_pods: CancellationToken,
+    last: ArcSwapOption<Snapshot>,
+}
+
+impl Capture {
+    /// Loads or adopts what the kernel holds and follows [`Capture::apply`] from then on. To be
+    /// called on the runtime that is to serve the pods' sockets.
+    pub fn start(
+        options: CaptureOptions,
+        handler: Arc<dyn Handler>,
+    ) -> Result<Arc<Self>, CaptureError> {
+        let tools = Arc::new(Tools {
+            kernel: Arc::new(Kernel::load(&options.kernel)?),
+            cgroup: options.kernel.cgroup,
+            worker: NetnsWorker::start("netns-enrol")?,
+            sockets: NetnsWorker::start("netns-sockets")?,
+            handler,
+            counters: Arc::new(Counters::default()),
+        });
+        let (wanted, snapshots) = watch::channel(None);
+        let capture = Arc::new(Self {
+            node: options.node.clone(),
+            tools: tools.clone(),
+            registry: Registry::new(),
+            wanted,
+            target_error: Arc::default(),
+            tasks: TaskTracker::new(),
+            stop: CancellationToken::new(),
+            stop_pods: CancellationToken::new(),
+            last: ArcSwapOption::empty(),
+        });
+        let reconciler = Reconciler {
+            node: options.node,
+            tools,
+            registry: capture.registry.clone(),
+            snapshots,
+            target_error: capture.target_error.clone(),
+            tasks: capture.tasks.clone(),
+            stop_pods: capture.stop_pods.clone(),
+            stop: capture.stop.clone(),
+        };
+        capture.tasks.spawn(reconciler.run());
+        Ok(capture)
+    }
+
+    /// Sets the desired state: destinations to capture, pods to enrol, to change, to let go.
+    pub fn apply(&self, snapshot: Arc<Snapshot>) {
+        self.last.store(Some(snapshot.clone()));
+        self.wanted.send_replace(Some(snapshot));
+    }
+
+    /// The pod, if it is in the mesh.
+    #[must_use]
+    pub fn enrolled(&self, uid: &WorkloadUid) -> Option<Arc<EnrolledPod>> {
+        self.registry.enrolled(uid)
+    }
+
+    /// How far the pods of this node are, those included that the model keeps out.
+    #[must_use]
+    pub fn pods(&self) -> Vec<PodStatus> {
+        let mut pods = self.registry.statuses();
+        if let Some(snapshot) = self.last.load().as_ref() {
+            pods.extend(reconcile::kept_out(&self.node, snapshot));
+        }
+        pods
+    }
+
+    /// Programs and maps.
+    #[must_use]
+    pub fn kernel(&self) -> &Kernel {
+        &self.tools.kernel
+    }
+
+    /// What the agent's side of capture counted.
+    #[must_use]
+    pub fn counters(&self) -> Vec<(&'static str, u64)> {
+        self.tools.counters.all()
+    }
+
+    /// Why the kernel does not have the captured destinations of the last snapshot; none when it
+    /// has them.
+    #[must_use]
+    pub fn target_error(&self) -> Option<String> {
+        self.target_error.lock().clone()
+    }
+
+    /// Whether every pod of the first snapshot was tried once. One that cannot be enrolled does
+    /// not hold it back.
+    #[must_use]
+    pub fn synced(&self) -> bool {
+        self.registry.synced()
+    }
+
+    /// Stops accepting and closes all listeners. What the kernel was told stays, so that from now
+    /// on new connections go as the pods' modes say. Live connections go on.
+    pub async fn shutdown(&self) {
+        self.stop.cancel();
+        self.stop_pods.cancel();
+        self.tasks.close();
+        if timeout(SHUTDOWN_LIMIT, self.tasks.wait()).await.is_err() {
+            tracing::warn!("not every pod's listeners were closed in time");
+        }
+    }
+
+    /// Takes every pod out of the mesh, and then everything that the kernel was told.
+    pub async fn uninstall(&self) -> Result<(), EnrolError> {
+        self.stop.cancel();
+        let drain = self
+            .last
+            .load()
+            .as_ref()
+            .map_or(Duration::ZERO, |snapshot| snapshot.config().drain_timeout);
+        self.registry.want_none(drain);
+        self.registry.emptied().await;
+        self.tasks.close();
+        self.tasks.wait().await;
+        let left = reconcile::leftovers(&self.tools, &self.registry, &[]).await?;
+        reconcile::remove(&self.tools, &self.registry, &left, &[]).await;
+        on_kernel(&self.tools.kernel, |kernel| {
+            kernel.clear_former_layouts()?;
+            kernel.uninstall()
+        })
+        .await
+    }
+}
+
+impl Drop for Capture {
+    /// As [`Capture::shutdown`], without waiting.
+    fn drop(&mut self) {
+        self.stop.cancel();
+        self.stop_pods.cancel();
+    }
+}

@@ -1,13 +1,16 @@
 //! Settings of the whole mesh.
 
+use std::fmt;
+use std::str::FromStr;
 use std::time::Duration;
 
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
+use thiserror::Error;
 
 use super::TrustDomain;
 
 /// What happens to traffic that has no mesh identity on one of its sides.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub enum Mode {
     /// Refused, with a reason in the log.
@@ -15,6 +18,42 @@ pub enum Mode {
     /// Passed as plaintext, and labelled so in every metric.
     #[default]
     Permissive,
+}
+
+/// A text that names no [`Mode`].
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+#[error("{0:?} is not a mode: Strict or Permissive")]
+pub struct ModeError(pub String);
+
+impl FromStr for Mode {
+    type Err = ModeError;
+
+    /// Upper and lower case are alike: Istio writes `STRICT`, Kubernetes enums `Strict`.
+    fn from_str(text: &str) -> Result<Self, ModeError> {
+        if text.eq_ignore_ascii_case("strict") {
+            Ok(Self::Strict)
+        } else if text.eq_ignore_ascii_case("permissive") {
+            Ok(Self::Permissive)
+        } else {
+            Err(ModeError(text.to_owned()))
+        }
+    }
+}
+
+impl fmt::Display for Mode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Strict => "Strict",
+            Self::Permissive => "Permissive",
+        })
+    }
+}
+
+impl<'de> serde::Deserialize<'de> for Mode {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        text.parse().map_err(serde::de::Error::custom)
+    }
 }
 
 /// Settings of the whole mesh (kind `MeshConfig`, `undermesh.io/v1alpha1`).
@@ -41,5 +80,30 @@ impl Default for MeshConfig {
             connect_timeout: Duration::from_secs(1),
             drain_timeout: Duration::from_secs(30),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_mode_is_read_in_any_case_and_written_as_kubernetes_writes_enums() {
+        for text in ["Strict", "strict", "STRICT"] {
+            assert_eq!(text.parse(), Ok(Mode::Strict));
+        }
+        assert_eq!("Permissive".parse(), Ok(Mode::Permissive));
+        assert_eq!(Mode::Strict.to_string(), "Strict");
+    }
+
+    #[test]
+    fn a_text_that_is_no_mode_is_refused_by_name() {
+        let error = "off".parse::<Mode>().unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "\"off\" is not a mode: Strict or Permissive"
+        );
+        let error = serde_json::from_str::<Mode>("\"off\"").unwrap_err();
+        assert!(error.to_string().contains("is not a mode"));
     }
 }

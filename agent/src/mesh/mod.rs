@@ -3,14 +3,21 @@
 //! Nothing here does I/O. Discovery builds snapshots, everything else reads them through
 //! [`SharedSnapshot`]; a connection reads one snapshot from its start to its end.
 
+mod authorize;
+mod claims;
 mod config;
+mod node;
 mod service;
 mod snapshot;
 mod spiffe;
+mod targets;
 mod workload;
 
-pub use config::{MeshConfig, Mode};
+pub use authorize::{Denied, authorize};
+pub use config::{MeshConfig, Mode, ModeError};
+pub use node::Node;
 pub use service::{Endpoint, Service, ServicePort};
-pub use snapshot::{CaptureTarget, Destination, SharedSnapshot, Snapshot};
+pub use snapshot::{Destination, SharedSnapshot, Snapshot};
 pub use spiffe::{SpiffeId, SpiffeIdError, TrustDomain};
+pub use targets::{CaptureTarget, TargetChanges};
 pub use workload::{Membership, ObjectName, Sandbox, Workload, WorkloadUid};

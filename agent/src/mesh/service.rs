@@ -47,3 +47,25 @@ pub struct Endpoint {
     /// The pod behind it, where one is known.
     pub workload: Option<WorkloadUid>,
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_port_is_found_by_what_clients_connect_to() {
+        let port = |name: &str, port| ServicePort {
+            name: name.into(),
+            port,
+            app_protocol: None,
+            endpoints: Arc::new([]),
+        };
+        let service = Service {
+            name: ObjectName::new("shop", "web"),
+            vips: Vec::new(),
+            ports: vec![port("http", 80), port("https", 443)],
+        };
+        assert_eq!(service.port(443).map(|port| &*port.name), Some("https"));
+        assert!(service.port(8080).is_none());
+    }
+}

@@ -1,11 +1,14 @@
 //! The immutable state that every connection reads.
 
+use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use arc_swap::ArcSwap;
 
-use super::{MeshConfig, ObjectName, Service, ServicePort, Workload, WorkloadUid};
+use super::claims::ClaimMap;
+use super::targets::{CaptureTarget, TargetChanges, Targets};
+use super::{Endpoint, MeshConfig, Node, ObjectName, Service, ServicePort, Workload, WorkloadUid};
 
 /// The snapshot in force, swapped as a whole.
 pub type SharedSnapshot = Arc<ArcSwap<Snapshot>>;
@@ -14,10 +17,15 @@ pub type SharedSnapshot = Arc<ArcSwap<Snapshot>>;
 #[derive(Debug, Clone, Default)]
 pub struct Snapshot {
     config: Arc<MeshConfig>,
+    nodes: imbl::OrdMap<Arc<str>, Arc<Node>>,
     workloads: imbl::HashMap<WorkloadUid, Arc<Workload>>,
-    by_address: imbl::HashMap<IpAddr, Arc<Workload>>,
+    by_address: ClaimMap<IpAddr, Workload>,
+    by_node: imbl::HashMap<Arc<str>, imbl::OrdMap<WorkloadUid, Arc<Workload>>>,
     services: imbl::HashMap<ObjectName, Arc<Service>>,
-    by_vip: imbl::HashMap<IpAddr, Arc<Service>>,
+    by_vip: ClaimMap<IpAddr, Service>,
+    /// Which services a pod is an endpoint of: those whose targets change with its membership.
+    by_endpoint: imbl::HashMap<WorkloadUid, imbl::OrdSet<ObjectName>>,
+    targets: Targets,
 }
 
 /// What an original destination address means.
@@ -34,15 +42,6 @@ pub enum Destination {
     Workload(Arc<Workload>),
     /// Nothing that the mesh knows.
     Unknown,
-}
-
-/// A destination whose connections the kernel hands to the agent.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct CaptureTarget {
-    /// Service address or pod address.
-    pub address: IpAddr,
-    /// The port, or none for every port.
-    pub port: Option<u16>,
 }
 
 impl Snapshot {
@@ -66,38 +65,122 @@ impl Snapshot {
         self.config = Arc::new(config);
     }
 
+    /// Adds a node or replaces the one of its name.
+    pub fn insert_node(&mut self, node: Arc<Node>) {
+        self.nodes.insert(node.name.clone(), node);
+    }
+
+    /// Forgets a node.
+    pub fn remove_node(&mut self, name: &str) {
+        self.nodes.remove(name);
+    }
+
+    /// The node of this name.
+    #[must_use]
+    pub fn node(&self, name: &str) -> Option<&Arc<Node>> {
+        self.nodes.get(name)
+    }
+
+    /// All nodes, by name.
+    pub fn nodes(&self) -> impl Iterator<Item = &Arc<Node>> {
+        self.nodes.values()
+    }
+
     /// Adds a pod or replaces the one with its UID. Of two pods with one address the later wins:
     /// addresses are reused.
     pub fn insert_workload(&mut self, workload: Arc<Workload>) {
-        self.remove_workload(&workload.uid);
-        for address in &workload.addresses {
-            self.by_address.insert(*address, workload.clone());
+        let uid = workload.uid.clone();
+        if self.workloads.get(&uid) == Some(&workload) {
+            return;
         }
-        self.workloads.insert(workload.uid.clone(), workload);
+        self.change_workload(&uid, Some(workload));
     }
 
     /// Forgets a pod.
     pub fn remove_workload(&mut self, uid: &WorkloadUid) {
-        let Some(old) = self.workloads.remove(uid) else {
-            return;
+        self.change_workload(uid, None);
+    }
+
+    fn change_workload(&mut self, uid: &WorkloadUid, new: Option<Arc<Workload>>) {
+        let old = self.workloads.get(uid).cloned();
+        let meshed = |workload: &Option<Arc<Workload>>| {
+            workload
+                .as_ref()
+                .is_some_and(|workload| workload.is_meshed())
         };
-        for address in &old.addresses {
-            if self
-                .by_address
-                .get(address)
-                .is_some_and(|now| now.uid == *uid)
-            {
-                self.by_address.remove(address);
+        let services = if meshed(&old) == meshed(&new) {
+            Vec::new()
+        } else {
+            self.services_of(uid)
+        };
+        for service in &services {
+            self.release_targets(service);
+        }
+        if let Some(old) = old {
+            self.unlink_workload(&old);
+        }
+        if let Some(new) = new {
+            self.link_workload(new);
+        }
+        for service in &services {
+            self.claim_targets(service);
+        }
+    }
+
+    fn link_workload(&mut self, workload: Arc<Workload>) {
+        for &address in &workload.addresses {
+            self.by_address.add(address, workload.clone());
+            if workload.is_meshed() {
+                self.targets.add(CaptureTarget {
+                    address,
+                    port: None,
+                });
+            }
+        }
+        self.by_node
+            .entry(workload.node.clone())
+            .or_default()
+            .insert(workload.uid.clone(), workload.clone());
+        self.workloads.insert(workload.uid.clone(), workload);
+    }
+
+    fn unlink_workload(&mut self, workload: &Workload) {
+        self.workloads.remove(&workload.uid);
+        for &address in &workload.addresses {
+            self.by_address
+                .remove(&address, |claimant| claimant.uid == workload.uid);
+            if workload.is_meshed() {
+                self.targets.remove(CaptureTarget {
+                    address,
+                    port: None,
+                });
+            }
+        }
+        if let Some(neighbours) = self.by_node.get_mut(&workload.node) {
+            neighbours.remove(&workload.uid);
+            if neighbours.is_empty() {
+                self.by_node.remove(&workload.node);
             }
         }
     }
 
-    /// Adds a service or replaces the one of its name.
+    /// Adds a service or replaces the one of its name. Of two services with one address and port
+    /// the later wins.
     pub fn insert_service(&mut self, service: Arc<Service>) {
-        self.remove_service(&service.name);
-        for vip in &service.vips {
-            self.by_vip.insert(*vip, service.clone());
+        if self.services.get(&service.name) == Some(&service) {
+            return;
         }
+        self.remove_service(&service.name);
+        for &vip in &service.vips {
+            self.by_vip.add(vip, service.clone());
+        }
+        for uid in endpoint_uids(&service) {
+            self.by_endpoint
+                .entry(uid.clone())
+                .or_default()
+                .insert(service.name.clone());
+        }
+        self.claim_targets(&service);
         self.services.insert(service.name.clone(), service);
     }
 
@@ -106,9 +189,16 @@ impl Snapshot {
         let Some(old) = self.services.remove(name) else {
             return;
         };
+        self.release_targets(&old);
         for vip in &old.vips {
-            if self.by_vip.get(vip).is_some_and(|now| now.name == *name) {
-                self.by_vip.remove(vip);
+            self.by_vip.remove(vip, |claimant| claimant.name == *name);
+        }
+        for uid in endpoint_uids(&old) {
+            if let Some(services) = self.by_endpoint.get_mut(uid) {
+                services.remove(name);
+                if services.is_empty() {
+                    self.by_endpoint.remove(uid);
+                }
             }
         }
     }
@@ -122,7 +212,7 @@ impl Snapshot {
     /// The pod that has this address now.
     #[must_use]
     pub fn workload_at(&self, address: IpAddr) -> Option<&Arc<Workload>> {
-        self.by_address.get(&address)
+        self.by_address.get(&address)?.last()
     }
 
     /// All pods.
@@ -132,9 +222,10 @@ impl Snapshot {
 
     /// Pods of one node.
     pub fn workloads_on<'a>(&'a self, node: &'a str) -> impl Iterator<Item = &'a Arc<Workload>> {
-        self.workloads
-            .values()
-            .filter(move |workload| &*workload.node == node)
+        self.by_node
+            .get(node)
+            .into_iter()
+            .flat_map(|workloads| workloads.values())
     }
 
     /// The service of this name.
@@ -148,19 +239,32 @@ impl Snapshot {
         self.services.values()
     }
 
+    /// The services that have this pod among their endpoints.
+    #[must_use]
+    pub fn services_of(&self, uid: &WorkloadUid) -> Vec<Arc<Service>> {
+        self.by_endpoint
+            .get(uid)
+            .into_iter()
+            .flatten()
+            .filter_map(|name| self.services.get(name).cloned())
+            .collect()
+    }
+
     /// What a connection to this address is for. Services come before pods, as in kube-proxy.
     #[must_use]
     pub fn resolve(&self, destination: SocketAddr) -> Destination {
-        if let Some(service) = self.by_vip.get(&destination.ip()) {
-            return match service.port(destination.port()) {
-                Some(port) => Destination::Service {
-                    service: service.clone(),
-                    port: port.clone(),
-                },
-                None => Destination::Unknown,
-            };
+        if let Some(claims) = self.by_vip.get(&destination.ip()) {
+            let claimant = claims.last_with(|service| service.port(destination.port()).is_some());
+            return claimant
+                .and_then(|service| {
+                    Some(Destination::Service {
+                        service: service.clone(),
+                        port: service.port(destination.port())?.clone(),
+                    })
+                })
+                .unwrap_or(Destination::Unknown);
         }
-        match self.by_address.get(&destination.ip()) {
+        match self.workload_at(destination.ip()) {
             Some(workload) => Destination::Workload(workload.clone()),
             None => Destination::Unknown,
         }
@@ -169,36 +273,51 @@ impl Snapshot {
     /// Every destination that is captured: meshed pods on all ports, and Services' ports with at
     /// least one meshed endpoint.
     #[must_use]
-    pub fn capture_targets(&self) -> std::collections::BTreeSet<CaptureTarget> {
-        let pods = self
-            .workloads
-            .values()
-            .filter(|workload| workload.is_meshed())
-            .flat_map(|workload| workload.addresses.iter())
-            .map(|&address| CaptureTarget {
-                address,
-                port: None,
-            });
-        let services = self.services.values().flat_map(|service| {
-            service
-                .ports
-                .iter()
-                .filter(|port| {
-                    port.endpoints
-                        .iter()
-                        .any(|endpoint| self.is_meshed(endpoint))
-                })
-                .flat_map(|port| {
-                    service.vips.iter().map(|&address| CaptureTarget {
-                        address,
-                        port: Some(port.port),
-                    })
-                })
-        });
-        pods.chain(services).collect()
+    pub fn capture_targets(&self) -> BTreeSet<CaptureTarget> {
+        self.targets.to_set()
     }
 
-    fn is_meshed(&self, endpoint: &super::Endpoint) -> bool {
+    /// Whether connections to this destination are captured.
+    #[must_use]
+    pub fn captures(&self, target: &CaptureTarget) -> bool {
+        self.targets.contains(target)
+    }
+
+    /// How the destinations that are captured differ from those of an older snapshot. Between
+    /// snapshots of one source this costs the size of the difference, not that of the mesh.
+    #[must_use]
+    pub fn target_changes_since(&self, older: &Self) -> TargetChanges {
+        self.targets.changes_since(&older.targets)
+    }
+
+    fn claim_targets(&mut self, service: &Service) {
+        for target in self.targets_of(service) {
+            self.targets.add(target);
+        }
+    }
+
+    fn release_targets(&mut self, service: &Service) {
+        for target in self.targets_of(service) {
+            self.targets.remove(target);
+        }
+    }
+
+    fn targets_of(&self, service: &Service) -> Vec<CaptureTarget> {
+        let meshed = |port: &&ServicePort| port.endpoints.iter().any(|one| self.is_meshed(one));
+        service
+            .ports
+            .iter()
+            .filter(meshed)
+            .flat_map(|port| {
+                service.vips.iter().map(|&address| CaptureTarget {
+                    address,
+                    port: Some(port.port),
+                })
+            })
+            .collect()
+    }
+
+    fn is_meshed(&self, endpoint: &Endpoint) -> bool {
         endpoint
             .workload
             .as_ref()
@@ -206,3 +325,16 @@ impl Snapshot {
             .is_some_and(|workload| workload.is_meshed())
     }
 }
+
+fn endpoint_uids(service: &Service) -> BTreeSet<&WorkloadUid> {
+    service
+        .ports
+        .iter()
+        .flat_map(|port| port.endpoints.iter())
+        .filter_map(|endpoint| endpoint.workload.as_ref())
+        .collect()
+}
+
+#[cfg(test)]
+#[path = "snapshot_tests.rs"]
+mod tests;

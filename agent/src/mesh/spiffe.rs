@@ -84,6 +84,15 @@ impl SpiffeId {
         })
     }
 
+    /// The same service account in another trust domain.
+    #[must_use]
+    pub fn in_trust_domain(&self, trust_domain: TrustDomain) -> Self {
+        Self {
+            trust_domain,
+            ..self.clone()
+        }
+    }
+
     /// The trust domain.
     #[must_use]
     pub fn trust_domain(&self) -> &TrustDomain {
@@ -145,5 +154,55 @@ impl fmt::Display for SpiffeId {
 impl Serialize for SpiffeId {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         serializer.collect_str(self)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_id_reads_back_as_it_is_written() {
+        let text = "spiffe://cluster.local/ns/shop/sa/web.front";
+        let id: SpiffeId = text.parse().unwrap();
+        assert_eq!(id.to_string(), text);
+        assert_eq!(id.namespace(), "shop");
+        assert_eq!(id.service_account(), "web.front");
+        assert_eq!(serde_json::to_value(&id).unwrap(), text);
+    }
+
+    #[test]
+    fn a_text_that_only_resembles_an_id_is_refused() {
+        for text in [
+            "",
+            "spiffe://",
+            "SPIFFE://cluster.local/ns/a/sa/b",
+            "spiffe:///ns/a/sa/b",
+            "spiffe://Cluster.local/ns/a/sa/b",
+            "spiffe://cluster.local/ns/a/sa/b/",
+            "spiffe://cluster.local/ns/a/sa/b?x",
+            "spiffe://cluster.local/ns//sa/b",
+            "spiffe://cluster.local/ns/a/sa/-b",
+            "spiffe://cluster.local/ns/a/sa/b\0",
+            "spiffe://cluster.local/sa/b/ns/a",
+            "spiffe://user@cluster.local/ns/a/sa/b",
+        ] {
+            assert!(text.parse::<SpiffeId>().is_err(), "{text:?} passed");
+        }
+    }
+
+    #[test]
+    fn a_service_account_can_move_to_another_trust_domain() {
+        let id = SpiffeId::new(TrustDomain::default(), "a", "b").unwrap();
+        let moved = id.in_trust_domain("other.example".parse().unwrap());
+        assert_eq!(moved.to_string(), "spiffe://other.example/ns/a/sa/b");
+    }
+
+    #[test]
+    fn a_trust_domain_has_a_bounded_length_and_few_characters() {
+        assert!("a".repeat(255).parse::<TrustDomain>().is_ok());
+        assert!("a".repeat(256).parse::<TrustDomain>().is_err());
+        assert!("".parse::<TrustDomain>().is_err());
+        assert!("a/b".parse::<TrustDomain>().is_err());
     }
 }

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -109,6 +109,14 @@ impl Workload {
             Membership::Meshed(mode) => Some(mode),
             Membership::Outside | Membership::Refused(_) => None,
         }
+    }
+
+    /// Whether it has an address of the same family, and so can reach this one.
+    #[must_use]
+    pub fn has_family(&self, address: SocketAddr) -> bool {
+        self.addresses
+            .iter()
+            .any(|own| own.is_ipv4() == address.is_ipv4())
     }
 
     /// Whether it speaks HBONE.

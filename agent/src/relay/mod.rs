@@ -1,1 +1,145 @@
-//! Moving bytes between two ends of a connection.
+//! Moving bytes between the two ends of a connection until both directions have ended.
+//!
+//! A stream ends in one of two ways, and the difference is kept from one side to the other:
+//!
+//! - *in order*: each direction's FIN (or `END_STREAM`) was passed on after its last byte;
+//! - *reset*: anything else. The other side then sees a TCP RST (or `RST_STREAM`), never a FIN, so
+//!   that a truncated body cannot look whole.
+//!
+//! Sockets come here with `SO_LINGER {1, 0}` set, so that whatever ends this process or drops this
+//! future resets them; only [`Ended::InOrder`] clears it.
+
+mod buffers;
+mod half;
+mod splice;
+mod tunnelled;
+
+use std::io;
+use std::sync::atomic::AtomicU64;
+
+use tokio::io::Interest;
+use tokio::net::TcpStream;
+use tokio_util::sync::CancellationToken;
+
+use crate::telemetry::{ByteCount, End, FailureReason, Side};
+
+pub use tunnelled::relay_tunnel;
+
+/// One end of a relayed connection, as the agent stands between them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Peer {
+    /// Who opened the connection.
+    Downstream,
+    /// Who it was opened to.
+    Upstream,
+}
+
+impl<'a> From<&'a ByteCount> for Counts<'a> {
+    fn from(bytes: &'a ByteCount) -> Self {
+        Self {
+            to_upstream: &bytes.received,
+            to_downstream: &bytes.sent,
+        }
+    }
+}
+
+impl From<Ended> for End {
+    fn from(ended: Ended) -> Self {
+        match ended {
+            Ended::InOrder => Self::Complete,
+            Ended::Reset(Peer::Downstream) => Self::Reset { by: Side::Source },
+            Ended::Reset(Peer::Upstream) => Self::Reset {
+                by: Side::Destination,
+            },
+            Ended::Stopped => Self::Failed(FailureReason::Drained),
+        }
+    }
+}
+
+/// How a relayed connection came to its end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ended {
+    /// Both directions ended, each after its last byte was passed on.
+    InOrder,
+    /// This end reset or broke the connection; the other was reset too.
+    Reset(Peer),
+    /// The agent was told to stop it; both ends were reset.
+    Stopped,
+}
+
+/// Where the relay counts the bytes that it has passed on.
+#[derive(Debug, Clone, Copy)]
+pub struct Counts<'a> {
+    /// From downstream.
+    pub to_upstream: &'a AtomicU64,
+    /// From upstream.
+    pub to_downstream: &'a AtomicU64,
+}
+
+/// Relays between two plain TCP sockets, without copying through user space.
+pub async fn relay_tcp(
+    downstream: TcpStream,
+    upstream: TcpStream,
+    counts: Counts<'_>,
+    stop: &CancellationToken,
+) -> Ended {
+    let ended = {
+        let there = splice::pump(&downstream, &upstream, counts.to_upstream);
+        let back = splice::pump(&upstream, &downstream, counts.to_downstream);
+        let both = half::join(
+            async {
+                there
+                    .await
+                    .map_err(|end| end.between(Peer::Downstream, Peer::Upstream))
+            },
+            async {
+                back.await
+                    .map_err(|end| end.between(Peer::Upstream, Peer::Downstream))
+            },
+            async {
+                failed(&downstream).await;
+                Peer::Downstream
+            },
+            async {
+                failed(&upstream).await;
+                Peer::Upstream
+            },
+        );
+        tokio::select! {
+            ended = both => ended,
+            () = stop.cancelled() => Ended::Stopped,
+        }
+    };
+    if ended == Ended::InOrder {
+        close_in_order(downstream);
+        close_in_order(upstream);
+    }
+    ended
+}
+
+/// Closes a socket whose both directions have ended, so that what the kernel still holds of its
+/// last bytes is delivered, where [`abort_on_close`] would throw it away.
+pub fn close_in_order(stream: TcpStream) {
+    // An error means that the socket is dead already, and there is nothing left to deliver.
+    let _ = socket2::SockRef::from(&stream).set_linger(None);
+}
+
+/// From now on closing the socket resets it, also when it is the kernel that closes it for a
+/// process that was killed.
+pub fn abort_on_close(stream: &TcpStream) -> io::Result<()> {
+    socket2::SockRef::from(stream).set_linger(Some(std::time::Duration::ZERO))
+}
+
+/// Returns once the socket has an error, as after an RST. For a socket whose reading has ended:
+/// before that, reading must see the bytes that came before the error.
+async fn failed(stream: &TcpStream) {
+    let pending = || match stream.take_error() {
+        Ok(None) => Err(io::ErrorKind::WouldBlock.into()),
+        Ok(Some(_)) | Err(_) => Ok(()),
+    };
+    // An error of the registration itself leaves nothing to wait for, as an RST does.
+    let _ = stream.async_io(Interest::ERROR, pending).await;
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,391 @@
+//! The agent: its parts, put together.
+
+use std::future::Future;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::pin::Pin;
+use std::sync::{Arc, OnceLock, Weak};
+use std::time::Duration;
+
+use arc_swap::ArcSwap;
+use clap::Args;
+use serde::Serialize;
+use thiserror::Error;
+use tokio::time::{Instant, timeout_at};
+use tokio_util::sync::CancellationToken;
+
+use crate::admin::{Admin, AdminError, AdminOptions, AdminState, Condition, Exposure};
+use crate::capture::{
+    Accepted, Capture, CaptureError, CaptureOptions, EnrolError, Handler, KernelOptions, Role,
+};
+use crate::discovery::files::{FileSource, FileSourceError, FileSourceOptions};
+use crate::identity::{
+    AuthorityClient, AuthorityClientOptions, Certificates, CertificatesOptions, ClientError,
+};
+use crate::inbound::Inbound;
+use crate::mesh::{MeshConfig, SharedSnapshot, Snapshot};
+use crate::outbound::Outbound;
+use crate::telemetry::{Labelled, Logging, Telemetry, housekeep};
+use crate::tunnel::{Pool, PoolOptions};
+
+/// How often a stopping agent looks whether its last connection has ended.
+const DRAIN_CHECK: Duration = Duration::from_millis(50);
+
+/// Options of `undermesh agent`.
+#[derive(Debug, Clone, Args)]
+pub struct AgentOptions {
+    /// Name of this node, as `spec.nodeName` of its pods says it
+    #[arg(long, env = "NODE_NAME")]
+    pub node: String,
+    /// Directory of Kubernetes manifests that say what the mesh should be; followed
+    #[arg(long, value_name = "DIR")]
+    pub manifests: PathBuf,
+    /// cgroup2 directory that all pods and this agent are below. Default: the root of the cgroup2
+    /// mount in /proc/self/mountinfo
+    #[arg(long, value_name = "DIR")]
+    pub cgroup_root: Option<PathBuf>,
+    /// Directory on a bpffs for what outlives the agent
+    #[arg(long, value_name = "DIR", default_value = "/sys/fs/bpf/undermesh")]
+    pub pins: PathBuf,
+    /// Where certificates come from
+    #[arg(long, value_name = "HOST:PORT")]
+    pub ca_address: String,
+    /// PEM file of the roots that this mesh trusts
+    #[arg(long, value_name = "FILE")]
+    pub ca_root: PathBuf,
+    /// File of the bearer token by which the CA knows this node
+    #[arg(long, value_name = "FILE")]
+    pub ca_token_file: PathBuf,
+    /// Name that the CA's certificate must carry. Default: the host of --ca-address
+    #[arg(long, value_name = "NAME")]
+    pub ca_server_name: Option<String>,
+    /// Where the admin endpoint listens: loopback only
+    #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:15000")]
+    pub admin: SocketAddr,
+    /// Where metrics are served
+    #[arg(long, value_name = "ADDR", default_value = "0.0.0.0:15020")]
+    pub metrics: SocketAddr,
+    /// Where readiness is served
+    #[arg(long, value_name = "ADDR", default_value = "0.0.0.0:15021")]
+    pub readiness: SocketAddr,
+    /// How many seconds live connections may go on after SIGTERM; then they are reset
+    #[arg(long, value_name = "SECONDS", default_value_t = 5)]
+    pub shutdown_drain: u64,
+    /// Take all pods of this node out of the mesh and everything out of the kernel, instead of
+    /// leaving the failure mode in force, when the agent is told to stop
+    #[arg(long)]
+    pub uninstall_on_stop: bool,
+}
+
+/// Why the agent cannot run.
+#[derive(Debug, Error)]
+pub enum AgentError {
+    /// No cgroup2 mount was found.
+    #[error("no cgroup2 mount in /proc/self/mountinfo: mount one, or name it with --cgroup-root")]
+    NoCgroup2,
+    /// The mounts could not be read.
+    #[error("/proc/self/mountinfo: {0}")]
+    Mounts(std::io::Error),
+    /// The kernel side.
+    #[error(transparent)]
+    Capture(#[from] CaptureError),
+    /// The kernel side could not be taken away.
+    #[error(transparent)]
+    Uninstall(#[from] EnrolError),
+    /// The CA's address.
+    #[error(transparent)]
+    Authority(#[from] ClientError),
+    /// The manifests.
+    #[error(transparent)]
+    Manifests(#[from] FileSourceError),
+    /// The admin endpoint.
+    #[error(transparent)]
+    Admin(#[from] AdminError),
+}
+
+/// Hands what capture accepts to the part that it is for.
+struct Dispatch {
+    outbound: Arc<Outbound>,
+    inbound: Arc<Inbound>,
+    /// Set right after capture was started, before it knows of any pod.
+    capture: OnceLock<Weak<Capture>>,
+}
+
+impl Handler for Dispatch {
+    fn handle(&self, accepted: Accepted) -> Pin<Box<dyn Future<Output = ()> + Send>> {
+        match accepted.role {
+            Role::Outbound => {
+                let outbound = self.outbound.clone();
+                let capture = self.capture.get().and_then(Weak::upgrade);
+                Box::pin(async move {
+                    if let Some(capture) = capture {
+                        outbound.serve(accepted, &capture).await;
+                    }
+                })
+            }
+            Role::Inbound => {
+                let inbound = self.inbound.clone();
+                Box::pin(async move { inbound.serve_plaintext(accepted).await })
+            }
+            Role::Hbone => Box::pin(self.inbound.clone().serve_tunnel(accepted)),
+        }
+    }
+}
+
+/// Runs the agent until `stop`, then lets live connections end for a while.
+pub async fn run(
+    options: AgentOptions,
+    logging: &Logging,
+    stop: CancellationToken,
+) -> Result<(), AgentError> {
+    let telemetry = Telemetry::new();
+    logging.report(&telemetry);
+    let snapshot: SharedSnapshot =
+        Arc::new(ArcSwap::from_pointee(Snapshot::new(MeshConfig::default())));
+    let background = CancellationToken::new();
+    let _background = background.clone().drop_guard();
+
+    let authority = AuthorityClientOptions {
+        server_name: options.ca_server_name.clone(),
+        ..AuthorityClientOptions::new(
+            &options.ca_address,
+            &options.ca_root,
+            &options.ca_token_file,
+        )
+    };
+    let authority = Arc::new(AuthorityClient::new(authority)?);
+    let certificates = Certificates::new(CertificatesOptions::new(authority));
+    tokio::spawn(certificates.clone().run(background.clone()));
+
+    let pool = Pool::new(PoolOptions::default());
+    let dispatch = Arc::new(Dispatch {
+        outbound: Arc::new(Outbound::new(
+            snapshot.clone(),
+            certificates.clone(),
+            pool.clone(),
+            telemetry.clone(),
+        )),
+        inbound: Arc::new(Inbound {
+            snapshot: snapshot.clone(),
+            certificates: certificates.clone(),
+            telemetry: telemetry.clone(),
+            drain: stop.child_token(),
+        }),
+        capture: OnceLock::new(),
+    });
+    let cgroup = match &options.cgroup_root {
+        Some(directory) => directory.clone(),
+        None => cgroup2_mount()?,
+    };
+    let capture = CaptureOptions {
+        node: options.node.clone(),
+        kernel: KernelOptions {
+            cgroup,
+            pins: options.pins.clone(),
+        },
+    };
+    let capture = Capture::start(capture, dispatch.clone())?;
+    // Only this place sets it.
+    let _ = dispatch.capture.set(Arc::downgrade(&capture));
+
+    let manifests = FileSourceOptions::new(&options.manifests, &options.node);
+    let manifests = FileSource::start(manifests, snapshot.clone(), background.clone())?;
+    tokio::spawn(housekeep(
+        telemetry.clone(),
+        snapshot.clone(),
+        background.clone(),
+    ));
+    count(&telemetry, &capture, &certificates, &pool);
+
+    let state = admin_state(
+        &options,
+        &telemetry,
+        &capture,
+        &certificates,
+        &pool,
+        &manifests,
+        &stop,
+    );
+    let addresses = AdminOptions {
+        admin: options.admin,
+        exposure: Exposure::Loopback,
+        metrics: options.metrics,
+        readiness: options.readiness,
+    };
+    let admin = Admin::bind(&addresses, Arc::new(state)).await?;
+    tokio::spawn(admin.run(background.clone()));
+    tracing::info!(node = options.node, manifests = %options.manifests.display(), "started");
+
+    let mut generations = manifests.generations();
+    while !stop.is_cancelled() {
+        let now = snapshot.load_full();
+        // The identities first: a pod's first connection asks for its certificate.
+        certificates.want(
+            now.workloads_on(&options.node)
+                .filter(|workload| workload.is_meshed())
+                .map(|workload| workload.identity.clone())
+                .collect(),
+        );
+        capture.apply(now);
+        tokio::select! {
+            changed = generations.changed() => if changed.is_err() { stop.cancelled().await },
+            () = stop.cancelled() => {}
+        }
+    }
+    stopped(&options, &capture, &telemetry).await
+}
+
+/// Lets live connections end until the deadline. Those that are left are reset when their sockets
+/// are closed, never ended by a FIN.
+async fn stopped(
+    options: &AgentOptions,
+    capture: &Capture,
+    telemetry: &Telemetry,
+) -> Result<(), AgentError> {
+    if options.uninstall_on_stop {
+        tracing::info!("stopping: taking every pod out of the mesh");
+        return Ok(capture.uninstall().await?);
+    }
+    let live = telemetry.live();
+    tracing::info!(
+        live,
+        drain_seconds = options.shutdown_drain,
+        "stopping: no new connections"
+    );
+    capture.shutdown().await;
+    let deadline = Instant::now() + Duration::from_secs(options.shutdown_drain);
+    let drained = async {
+        while telemetry.live() > 0 {
+            tokio::time::sleep(DRAIN_CHECK).await;
+        }
+    };
+    if timeout_at(deadline, drained).await.is_err() {
+        tracing::warn!(
+            live = telemetry.live(),
+            "stopped; what is still live is reset"
+        );
+    }
+    Ok(())
+}
+
+/// Counters that parts keep themselves.
+fn count(
+    telemetry: &Telemetry,
+    capture: &Arc<Capture>,
+    certificates: &Arc<Certificates>,
+    pool: &Arc<Pool>,
+) {
+    fn labelled(label: &'static str, counters: Vec<(&'static str, u64)>) -> Vec<Labelled<u64>> {
+        let sample = |(name, value)| Labelled::one(label, name, value);
+        counters.into_iter().map(sample).collect()
+    }
+    let kernel = capture.clone();
+    telemetry.register_counter(
+        "undermesh_kernel_verdicts",
+        "Verdicts of the kernel programs on connections of enrolled pods",
+        move || labelled("verdict", kernel.kernel().counters()),
+    );
+    let capture = capture.clone();
+    telemetry.register_counter(
+        "undermesh_capture_events",
+        "What happened at the pods' listeners and enrolments",
+        move || labelled("event", capture.counters()),
+    );
+    let certificates = certificates.clone();
+    telemetry.register_counter(
+        "undermesh_certificate_events",
+        "What happened on the way to certificates",
+        move || labelled("event", certificates.counters()),
+    );
+    let pool = pool.clone();
+    telemetry.register_counter(
+        "undermesh_tunnel_events",
+        "What happened in the pool of tunnels",
+        move || labelled("event", pool.counters()),
+    );
+}
+
+fn admin_state(
+    options: &AgentOptions,
+    telemetry: &Arc<Telemetry>,
+    capture: &Arc<Capture>,
+    certificates: &Arc<Certificates>,
+    pool: &Arc<Pool>,
+    manifests: &Arc<FileSource>,
+    stop: &CancellationToken,
+) -> AdminState {
+    let (synced, targets, pods, kernel) = (
+        capture.clone(),
+        capture.clone(),
+        capture.clone(),
+        capture.clone(),
+    );
+    let (certificates, pool, stop) = (certificates.clone(), pool.clone(), stop.clone());
+    let manifests = manifests.clone();
+    AdminState::new(&options.node, telemetry.clone())
+        .condition("pods_tried", move || match synced.synced() {
+            true => Condition::Ready("every pod of this node was tried once".into()),
+            false => Condition::NotReady("pods of this node are being enrolled".into()),
+        })
+        .condition("destinations_in_kernel", move || {
+            match targets.target_error() {
+                None => Condition::Ready("the kernel knows the mesh's destinations".into()),
+                Some(error) => Condition::NotReady(error),
+            }
+        })
+        .condition("not_stopping", move || match stop.is_cancelled() {
+            false => Condition::Ready("running".into()),
+            true => Condition::NotReady("the agent was told to stop".into()),
+        })
+        .report("manifests", move || manifests.status())
+        .view("pods", &[], move || pods.pods())
+        .view("kernel", &[], move || KernelView {
+            kernel: kernel.kernel().status(),
+            events: kernel.counters().into_iter().collect(),
+        })
+        .view("certificates", &[], move || certificates.status())
+        .view("tunnels", &[], move || pool.status())
+}
+
+/// `/kernel`: what the kernel holds, and what the agent's side of capture counted.
+#[derive(Serialize)]
+struct KernelView {
+    #[serde(flatten)]
+    kernel: crate::capture::kernel::KernelStatus,
+    events: std::collections::BTreeMap<&'static str, u64>,
+}
+
+/// Where the cgroup2 tree is mounted: on machines with cgroup v1 controllers it is not at
+/// `/sys/fs/cgroup`.
+fn cgroup2_mount() -> Result<PathBuf, AgentError> {
+    let mounts = std::fs::read_to_string("/proc/self/mountinfo").map_err(AgentError::Mounts)?;
+    mount_of_type(&mounts, "cgroup2").ok_or(AgentError::NoCgroup2)
+}
+
+/// First mount point of a file system's type in mountinfo (proc(5)).
+fn mount_of_type(mountinfo: &str, kind: &str) -> Option<PathBuf> {
+    mountinfo.lines().find_map(|line| {
+        let (mount, file_system) = line.split_once(" - ")?;
+        let is_kind = file_system.split(' ').next() == Some(kind);
+        // The fourth field is the mount's root: only the whole tree will do.
+        let mut fields = mount.split(' ').skip(3);
+        let (root, point) = (fields.next()?, fields.next()?);
+        (is_kind && root == "/").then(|| PathBuf::from(point.replace("\\040", " ")))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_cgroup2_mount_is_found_beside_those_of_version_1() {
+        let mounts = "31 23 0:28 / /sys/fs/cgroup rw,relatime - tmpfs tmpfs rw,mode=755\n\
+            35 31 0:32 / /sys/fs/cgroup/memory rw,relatime - cgroup cgroup rw,memory\n\
+            40 31 0:38 /pod /mnt/part rw - cgroup2 cgroup2 rw\n\
+            41 31 0:38 / /sys/fs/cgroup/unified rw,relatime shared:3 - cgroup2 cgroup2 rw\n";
+        let found = mount_of_type(mounts, "cgroup2");
+        assert_eq!(found, Some(PathBuf::from("/sys/fs/cgroup/unified")));
+        assert_eq!(mount_of_type(mounts, "bpf"), None);
+    }
+}

@@ -1,0 +1,302 @@
+//! Accept loops: what comes out of a pod's listeners, checked and handed to the proxy.
+
+use std::future::Future;
+use std::io;
+use std::net::SocketAddr;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use socket2::SockRef;
+use thiserror::Error;
+use tokio::net::{TcpListener, TcpStream};
+use tokio_util::sync::CancellationToken;
+
+use super::HBONE_PORT;
+use super::backoff::Backoff;
+use super::counters::{Counters, Event};
+use super::kernel::{CAPTURE_MARK, ListenerKind};
+use super::pod::EnrolledPod;
+use super::probe::{self, ProbeDesk};
+use super::sockets::{self, Listener, PodAddresses, unmapped};
+
+/// How long accept(2) rests when the process or the node has no descriptor or no memory left.
+const REST: Backoff = Backoff {
+    first: Duration::from_millis(5),
+    most: Duration::from_secs(1),
+};
+
+/// What a captured connection is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Role {
+    /// The pod opened it.
+    Outbound,
+    /// It comes from outside the pod, to one of its ports, without a tunnel.
+    Inbound,
+    /// It comes from outside the pod, to [`HBONE_PORT`].
+    Hbone,
+}
+
+impl From<ListenerKind> for Role {
+    fn from(kind: ListenerKind) -> Self {
+        match kind {
+            ListenerKind::Outbound => Self::Outbound,
+            ListenerKind::Inbound => Self::Inbound,
+            ListenerKind::Hbone => Self::Hbone,
+        }
+    }
+}
+
+/// A captured connection.
+#[derive(Debug)]
+pub struct Accepted {
+    /// Whose it is: proven by the namespace that it was accepted in.
+    pub pod: Arc<EnrolledPod>,
+    /// What it is.
+    pub role: Role,
+    /// It ends with RST until [`end_in_order`](super::end_in_order).
+    pub stream: TcpStream,
+    /// The client.
+    pub peer: SocketAddr,
+    /// The original destination.
+    pub local: SocketAddr,
+}
+
+/// What the proxy does with captured connections.
+pub trait Handler: Send + Sync + 'static {
+    /// Takes a connection. It is dropped when the pod is gone and it has not ended of itself.
+    fn handle(&self, accepted: Accepted) -> Pin<Box<dyn Future<Output = ()> + Send>>;
+}
+
+/// Why a connection does not belong to the listener that it came out of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
+pub enum RoleFault {
+    /// An outbound connection that was not marked by our hook.
+    #[error("an outbound connection without mark")]
+    Unmarked,
+    /// An inbound connection with our mark, which nothing from outside can carry.
+    #[error("an inbound connection with mark")]
+    Marked,
+    /// An outbound connection that is not the pod's, or an inbound one that is.
+    #[error("from an address that it cannot come from")]
+    Peer,
+    /// To the listener itself, or to an address that is not captured here.
+    #[error("to an address that does not lead here")]
+    Local,
+}
+
+/// Whether a connection may come out of a listener of this kind. `mark` is that of the accepted
+/// socket, which is that of its SYN.
+pub fn check(
+    role: Role,
+    mark: u32,
+    peer: SocketAddr,
+    local: SocketAddr,
+    own: PodAddresses,
+) -> Result<(), RoleFault> {
+    let marked = mark & CAPTURE_MARK != 0;
+    let from_pod = own.contains(peer.ip());
+    let to_pod = own.contains(local.ip());
+    match role {
+        Role::Outbound if !marked => Err(RoleFault::Unmarked),
+        Role::Outbound if !from_pod => Err(RoleFault::Peer),
+        Role::Outbound if to_pod || local.ip().is_loopback() => Err(RoleFault::Local),
+        Role::Inbound | Role::Hbone if marked => Err(RoleFault::Marked),
+        Role::Inbound | Role::Hbone if from_pod || peer.ip().is_loopback() => Err(RoleFault::Peer),
+        Role::Inbound | Role::Hbone if !to_pod => Err(RoleFault::Local),
+        Role::Hbone if local.port() != HBONE_PORT => Err(RoleFault::Local),
+        Role::Outbound | Role::Inbound | Role::Hbone => Ok(()),
+    }
+}
+
+/// What all accept loops of a pod share.
+#[derive(Clone)]
+pub(super) struct Acceptor {
+    pub pod: Arc<EnrolledPod>,
+    pub handler: Arc<dyn Handler>,
+    pub counters: Arc<Counters>,
+    /// Where probe connections are reported.
+    pub probes: Arc<ProbeDesk>,
+    /// Ends the loops and closes the listeners.
+    pub stop: CancellationToken,
+}
+
+impl Acceptor {
+    /// Starts the loop of one listener. Fails where the runtime cannot serve the socket.
+    pub fn start(&self, listener: Listener) -> io::Result<tokio::task::JoinHandle<()>> {
+        let role = listener.kind.into();
+        let listener = TcpListener::from_std(listener.socket)?;
+        let acceptor = self.clone();
+        Ok(tokio::spawn(async move {
+            tokio::select! {
+                () = acceptor.stop.cancelled() => {}
+                () = acceptor.serve(&listener, role) => {}
+            }
+        }))
+    }
+
+    async fn serve(&self, listener: &TcpListener, role: Role) {
+        let mut failures = 0_u32;
+        loop {
+            match listener.accept().await {
+                Ok((stream, peer)) => {
+                    failures = 0;
+                    self.admit(stream, unmapped(peer), role);
+                }
+                // The connection ended while it waited, or an error of the network is reported
+                // here (accept(2)): the next may be sound.
+                Err(error) if !is_exhaustion(&error) => {
+                    self.counters.count(Event::EndedBeforeAccept);
+                    // No error may make the loop spin without giving way to others.
+                    tokio::task::yield_now().await;
+                }
+                Err(error) => {
+                    failures = failures.saturating_add(1);
+                    self.counters.count(Event::AcceptBackoff);
+                    if failures == 1 {
+                        tracing::warn!(pod = %self.pod.workload().name, %error, "accept rests");
+                    }
+                    tokio::time::sleep(REST.wait(failures, rand::random())).await;
+                }
+            }
+        }
+    }
+
+    /// Checks a connection and hands it over. Whatever is dropped here is reset.
+    fn admit(&self, stream: TcpStream, peer: SocketAddr, role: Role) {
+        let Ok((local, mark)) = read(&stream) else {
+            self.counters.count(Event::EndedBeforeAccept);
+            return;
+        };
+        if let Err(fault) = check(role, mark, peer, local, self.pod.addresses()) {
+            self.counters.count(Event::RoleMismatch);
+            let pod = self.pod.workload();
+            tracing::debug!(pod = %pod.name, ?role, %peer, %local, %fault, "reset");
+            return;
+        }
+        if role == Role::Outbound && probe::is_target(local) {
+            if !self.probes.came_out(peer, local) {
+                self.counters.count(Event::StrayProbe);
+            }
+            return;
+        }
+        let Ok(permit) = self.pod.permits().clone().try_acquire_owned() else {
+            self.counters.count(Event::PodFull);
+            return;
+        };
+        self.counters.count(Event::Accepted);
+        let tuple = match role {
+            Role::Outbound => {
+                self.pod.captured();
+                None
+            }
+            Role::Inbound | Role::Hbone => Some(self.pod.ports().take(peer, local)),
+        };
+        let pod = self.pod.clone();
+        let tracked = pod.track();
+        let handled = self.handler.handle(Accepted {
+            pod: pod.clone(),
+            role,
+            stream,
+            peer,
+            local,
+        });
+        tokio::spawn(async move {
+            tokio::select! {
+                () = handled => {}
+                () = pod.cut().cancelled() => {}
+            }
+            drop((permit, tuple, tracked));
+        });
+    }
+}
+
+fn read(stream: &TcpStream) -> io::Result<(SocketAddr, u32)> {
+    let socket = SockRef::from(stream);
+    // First of all: whatever happens to it from now on, it does not end with a clean FIN.
+    sockets::prepare(&socket)?;
+    Ok((unmapped(stream.local_addr()?), socket.mark()?))
+}
+
+/// Whether the process or the node has no descriptor or no memory left.
+pub(super) fn is_exhaustion(error: &io::Error) -> bool {
+    matches!(
+        error.raw_os_error(),
+        Some(libc::EMFILE | libc::ENFILE | libc::ENOBUFS | libc::ENOMEM)
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn verdict(role: Role, mark: u32, peer: &str, local: &str) -> Result<(), RoleFault> {
+        let own = ["10.0.0.5".parse().unwrap(), "fd00::5".parse().unwrap()]
+            .into_iter()
+            .collect();
+        check(
+            role,
+            mark,
+            peer.parse().unwrap(),
+            local.parse().unwrap(),
+            own,
+        )
+    }
+
+    #[test]
+    fn an_outbound_connection_carries_the_mark_and_comes_from_the_pod() {
+        let check = |mark, peer, local| verdict(Role::Outbound, mark, peer, local);
+        assert_eq!(check(CAPTURE_MARK, "10.0.0.5:9", "10.96.0.1:80"), Ok(()));
+        assert_eq!(
+            check(CAPTURE_MARK | 1, "[fd00::5]:9", "[fd96::1]:80"),
+            Ok(())
+        );
+        assert_eq!(
+            check(1, "10.0.0.5:9", "10.96.0.1:80"),
+            Err(RoleFault::Unmarked)
+        );
+        assert_eq!(
+            check(CAPTURE_MARK, "10.0.0.6:9", "10.96.0.1:80"),
+            Err(RoleFault::Peer)
+        );
+    }
+
+    #[test]
+    fn a_connection_to_the_listener_itself_is_no_outbound_connection() {
+        for local in ["127.0.0.1:4242", "[::1]:4242", "10.0.0.5:80"] {
+            assert_eq!(
+                verdict(Role::Outbound, CAPTURE_MARK, "10.0.0.5:9", local),
+                Err(RoleFault::Local)
+            );
+        }
+    }
+
+    #[test]
+    fn an_inbound_connection_carries_no_mark_and_comes_from_elsewhere() {
+        for (role, local) in [
+            (Role::Inbound, "10.0.0.5:80"),
+            (Role::Hbone, "10.0.0.5:15008"),
+        ] {
+            assert_eq!(verdict(role, 1, "10.0.0.6:9", local), Ok(()));
+            assert_eq!(
+                verdict(role, CAPTURE_MARK, "10.0.0.6:9", local),
+                Err(RoleFault::Marked)
+            );
+            for peer in ["10.0.0.5:9", "127.0.0.1:9"] {
+                assert_eq!(verdict(role, 0, peer, local), Err(RoleFault::Peer));
+            }
+            assert_eq!(
+                verdict(role, 0, "10.0.0.6:9", "10.0.0.7:15008"),
+                Err(RoleFault::Local)
+            );
+        }
+    }
+
+    #[test]
+    fn only_the_tunnel_port_is_a_tunnel() {
+        assert_eq!(
+            verdict(Role::Hbone, 0, "10.0.0.6:9", "10.0.0.5:80"),
+            Err(RoleFault::Local)
+        );
+    }
+}

@@ -1,0 +1,376 @@
+//! Everything that talks to `bpf(2)`: programs, maps, pins.
+//!
+//! [`Kernel::load`] attaches the programs or adopts what a former agent left attached; from then on
+//! the other methods tell the kernel which pods and destinations belong to the mesh. What they tell
+//! is pinned and outlives the agent, so that its failure mode holds without it.
+
+mod error;
+mod maps;
+mod object;
+mod pins;
+mod reach;
+mod status;
+mod targets;
+
+use std::collections::BTreeSet;
+use std::fs::File;
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::os::fd::{AsFd as _, BorrowedFd};
+use std::path::PathBuf;
+
+use parking_lot::Mutex;
+use undermesh_common::{Address, ListenerKey, PodConstants};
+
+pub use error::KernelError;
+pub use status::{
+    AttachPoint, FeatureStatus, ForeignProgram, KernelStatus, MapStatus, ProgramStatus,
+};
+pub use undermesh_common::{CAPTURE_MARK, Family, HBONE_PORT, Intent, ListenerKind, NativeTraffic};
+
+use self::maps::Maps;
+use self::object::{CONNECT4, CONNECT6, LOOKUP, Loader, SOCK_OPS};
+use self::pins::{Pins, Target};
+use self::reach::Reach;
+use super::sys::{self, AttachType};
+use crate::mesh::{CaptureTarget, Mode};
+
+/// Where to attach and to pin.
+#[derive(Debug, Clone)]
+pub struct KernelOptions {
+    /// Directory of a cgroup2 tree; the programs see the processes below it, which must be all
+    /// pods' and the agent's own.
+    pub cgroup: PathBuf,
+    /// Directory on a bpffs, made if absent. A directory of the layout's hash is made in it.
+    pub pins: PathBuf,
+}
+
+/// An enrolled pod, as the kernel knows it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PodRecord {
+    /// Cookie of its network namespace (see [`netns_cookie`]).
+    pub netns_cookie: u64,
+    /// IPv4 address.
+    pub v4: Option<Ipv4Addr>,
+    /// IPv6 address.
+    pub v6: Option<Ipv6Addr>,
+    /// How it treats what the mesh cannot secure.
+    pub mode: Mode,
+}
+
+/// The place of one listener.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct ListenerSlot {
+    /// Cookie of the pod's network namespace.
+    pub netns_cookie: u64,
+    /// Family of the socket and of the packets.
+    pub family: Family,
+    /// What for.
+    pub kind: ListenerKind,
+}
+
+/// The kernel side of this node.
+pub struct Kernel {
+    options: KernelOptions,
+    pins: Pins,
+    maps: Maps,
+    loader: Mutex<Loader>,
+    /// What the kernel holds of [`Kernel::set_targets`].
+    targets: Mutex<BTreeSet<CaptureTarget>>,
+    reach: Reach,
+}
+
+/// The programs at the cgroup: name, pin, hook.
+const CGROUP_PROGRAMS: [(&str, &str, AttachType); 3] = [
+    (SOCK_OPS, "link_sock_ops", AttachType::SockOps),
+    (CONNECT4, "link_connect4", AttachType::Connect4),
+    (CONNECT6, "link_connect6", AttachType::Connect6),
+];
+
+const LOOKUP_PREFIX: &str = "link_lookup_";
+
+impl Kernel {
+    /// Loads the programs and attaches them to the cgroup, or puts them into the links that a
+    /// former agent of the same layout pinned, whose maps stay as they are. An error leaves what
+    /// was attached before attached.
+    ///
+    /// What an agent of another layout left keeps running until [`Kernel::clear_former_layouts`].
+    pub fn load(options: &KernelOptions) -> Result<Self, KernelError> {
+        let pins = Pins::open(&options.pins)?;
+        let cgroup = File::open(&options.cgroup)
+            .map_err(KernelError::file("open cgroup", &options.cgroup))?;
+        let mut loader = Loader::new(pins.directory());
+        let mut loaded = loader.load()?;
+        let maps = Maps::new(&mut loaded)?;
+        let intents = maps.intents.keys()?;
+        // All through the verifier before any is attached.
+        let programs = CGROUP_PROGRAMS.map(|(name, pin, kind)| {
+            loaded
+                .program(name)
+                .map(|program| (name, pin, kind, program))
+        });
+        for entry in programs {
+            let (program, pin, kind, descriptor) = entry?;
+            pins.attach(pin, descriptor.as_fd(), &Target::Cgroup(&cgroup), kind)
+                .map_err(|source| KernelError::Attach { program, source })?;
+        }
+        let targets = targets::read(&maps.targets)?;
+        let mut kernel = Self {
+            options: options.clone(),
+            pins,
+            maps,
+            loader: Mutex::new(loader),
+            targets: Mutex::new(targets),
+            reach: Reach::Unknown,
+        };
+        kernel.forget_leftover_intents(&intents)?;
+        kernel.reach = Reach::probe(&kernel)?;
+        if kernel.reach != Reach::Seen {
+            let FeatureStatus { name, reason, .. } = kernel.reach.feature();
+            tracing::warn!(feature = name, cgroup = %options.cgroup.display(), "{reason}");
+        }
+        Ok(kernel)
+    }
+
+    /// A registration lasts as long as one connect(2) call, so what was there before the programs
+    /// went through the verifier and still is was left by an agent that died in one.
+    fn forget_leftover_intents(&self, before: &[u64]) -> Result<(), KernelError> {
+        for cookie in before {
+            self.maps.intents.remove(cookie)?;
+        }
+        Ok(())
+    }
+
+    /// Makes these the destinations that are captured: adds before it removes. At the bound
+    /// (`bounds::TARGETS`) the former ones stay and the error names it.
+    pub fn set_targets(&self, targets: &BTreeSet<CaptureTarget>) -> Result<(), KernelError> {
+        targets::change(&self.maps.targets, &mut self.targets.lock(), targets)
+    }
+
+    /// Adds or replaces a pod. From now on its connections to the mesh are captured.
+    pub fn put_pod(&self, pod: &PodRecord) -> Result<(), KernelError> {
+        self.maps.native.watch(pod.netns_cookie)?;
+        self.maps.pods.put(&pod.netns_cookie, &pod.to_kernel())
+    }
+
+    /// From now on this pod's connections are native. That it is not there is no error.
+    pub fn remove_pod(&self, netns_cookie: u64) -> Result<(), KernelError> {
+        self.maps.pods.remove(&netns_cookie)?;
+        self.maps.native.forget(netns_cookie)
+    }
+
+    /// The pods that the kernel holds, also those that a former agent put there.
+    pub fn pods(&self) -> Result<Vec<PodRecord>, KernelError> {
+        let entries = self.maps.pods.entries()?;
+        Ok(entries
+            .into_iter()
+            .map(|(netns_cookie, pod)| PodRecord::from_kernel(netns_cookie, &pod))
+            .collect())
+    }
+
+    /// Attaches the `sk_lookup` program to a pod's network namespace, with the pod's addresses and
+    /// mode as constants. An older instance there is replaced without a moment between.
+    pub fn attach_lookup(&self, netns: BorrowedFd<'_>, pod: &PodRecord) -> Result<(), KernelError> {
+        let constants = PodConstants {
+            netns_cookie: pod.netns_cookie,
+            pod: pod.to_kernel(),
+        };
+        let program = self.loader.lock().lookup(&constants)?;
+        self.pins
+            .attach(
+                &lookup_pin(pod.netns_cookie),
+                program.as_fd(),
+                &Target::Netns(netns),
+                AttachType::Lookup,
+            )
+            .map_err(|source| KernelError::Attach {
+                program: LOOKUP,
+                source,
+            })
+    }
+
+    /// Detaches it. That it is not attached is no error.
+    pub fn detach_lookup(&self, netns_cookie: u64) -> Result<(), KernelError> {
+        self.pins.detach(&lookup_pin(netns_cookie))
+    }
+
+    /// Whether it is attached to a network namespace that still exists, as the kernel says.
+    #[must_use]
+    pub fn lookup_attached(&self, netns_cookie: u64) -> bool {
+        self.pins
+            .link(&lookup_pin(netns_cookie))
+            .is_some_and(|info| info.netns_inode() != 0)
+    }
+
+    /// Cookies of the network namespaces for which an instance is pinned, also by a former agent.
+    #[must_use]
+    pub fn lookups(&self) -> Vec<u64> {
+        let names = self.pins.names(LOOKUP_PREFIX);
+        names
+            .iter()
+            .filter_map(|name| name.strip_prefix(LOOKUP_PREFIX)?.parse().ok())
+            .collect()
+    }
+
+    /// Puts a listening TCP socket into its slot, in place of another that is there. It leaves the
+    /// slot by itself when it is closed.
+    pub fn set_listener(
+        &self,
+        slot: ListenerSlot,
+        socket: BorrowedFd<'_>,
+    ) -> Result<(), KernelError> {
+        self.maps.listeners.put(slot.key(), socket)
+    }
+
+    /// Empties a slot. That it is empty is no error.
+    pub fn remove_listener(&self, slot: ListenerSlot) -> Result<(), KernelError> {
+        self.maps.listeners.remove(&slot.key())
+    }
+
+    /// Whether the slot holds a socket that listens, as the kernel says.
+    pub fn has_listener(&self, slot: ListenerSlot) -> Result<bool, KernelError> {
+        Ok(self.maps.listeners.keys()?.contains(&slot.key()))
+    }
+
+    /// Declares a socket (see [`socket_cookie`]) to be the agent's own. Call it before connect(2),
+    /// and drop the registration when that has returned: the kernel has read it by then.
+    pub fn register(
+        &self,
+        socket_cookie: u64,
+        intent: Intent,
+    ) -> Result<Registration<'_>, KernelError> {
+        self.maps.intents.put(&socket_cookie, &(intent as u32))?;
+        Ok(Registration {
+            kernel: self,
+            socket_cookie,
+        })
+    }
+
+    /// Every verdict by its name, and how often it was given since the maps were made.
+    #[must_use]
+    pub fn counters(&self) -> Vec<(&'static str, u64)> {
+        self.maps.counters()
+    }
+
+    /// What the closed native connections of a pod carried, none if it is not enrolled.
+    #[must_use]
+    pub fn native_traffic(&self, netns_cookie: u64) -> Option<NativeTraffic> {
+        self.maps.native.of(netns_cookie)
+    }
+
+    /// Detaches what agents of another layout left, and forgets their maps. Call it when the pods
+    /// are enrolled anew: until then the old programs do what their failure mode says. Returns
+    /// what it removed.
+    pub fn clear_former_layouts(&self) -> Result<Vec<PathBuf>, KernelError> {
+        let former = self.pins.former_layouts()?;
+        for directory in &former {
+            Pins::remove_layout(directory)?;
+        }
+        Ok(former)
+    }
+
+    /// Detaches everything and removes every pin of this layout: uninstallation.
+    pub fn uninstall(&self) -> Result<(), KernelError> {
+        for (_, pin, _) in CGROUP_PROGRAMS {
+            self.pins.detach(pin)?;
+        }
+        Pins::remove_layout(self.pins.directory())
+    }
+}
+
+/// A socket of the agent that is about to connect; see [`Kernel::register`].
+#[must_use = "dropping it ends the registration"]
+pub struct Registration<'a> {
+    kernel: &'a Kernel,
+    socket_cookie: u64,
+}
+
+impl Drop for Registration<'_> {
+    fn drop(&mut self) {
+        if let Err(error) = self.kernel.maps.intents.remove(&self.socket_cookie) {
+            tracing::warn!(%error, cookie = self.socket_cookie, "registration of a socket stays behind");
+        }
+    }
+}
+
+impl PodRecord {
+    fn to_kernel(&self) -> undermesh_common::Pod {
+        let mode = match self.mode {
+            Mode::Strict => undermesh_common::Mode::Strict,
+            Mode::Permissive => undermesh_common::Mode::Permissive,
+        };
+        undermesh_common::Pod::new(
+            self.v4.map_or(Address::NONE, Address::from),
+            self.v6.map_or(Address::NONE, Address::from),
+            mode,
+        )
+    }
+
+    fn from_kernel(netns_cookie: u64, pod: &undermesh_common::Pod) -> Self {
+        let v4 = match IpAddr::from(pod.v4) {
+            IpAddr::V4(ip) => Some(ip),
+            IpAddr::V6(_) => None,
+        };
+        let v6 = match IpAddr::from(pod.v6) {
+            IpAddr::V6(ip) if !ip.is_unspecified() => Some(ip),
+            _ => None,
+        };
+        let mode = match pod.mode() {
+            undermesh_common::Mode::Strict => Mode::Strict,
+            undermesh_common::Mode::Permissive => Mode::Permissive,
+        };
+        Self {
+            netns_cookie,
+            v4,
+            v6,
+            mode,
+        }
+    }
+}
+
+impl ListenerSlot {
+    fn key(&self) -> ListenerKey {
+        ListenerKey::new(self.netns_cookie, self.family, self.kind)
+    }
+}
+
+fn lookup_pin(netns_cookie: u64) -> String {
+    format!("{LOOKUP_PREFIX}{netns_cookie}")
+}
+
+/// Cookie of the network namespace that a socket is in. No other gets it until the machine boots.
+pub fn netns_cookie(socket: BorrowedFd<'_>) -> io::Result<u64> {
+    sys::netns_cookie(socket)
+}
+
+/// Cookie of a socket, for [`Kernel::register`].
+pub fn socket_cookie(socket: BorrowedFd<'_>) -> io::Result<u64> {
+    sys::socket_cookie(socket)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_kernel_side_is_shared_between_threads() {
+        fn shared<T: Send + Sync>() {}
+        shared::<Kernel>();
+    }
+
+    #[test]
+    fn a_record_survives_the_way_through_the_kernel_form() {
+        for (v4, v6, mode) in [
+            (Some(Ipv4Addr::new(10, 0, 0, 2)), None, Mode::Strict),
+            (None, Some(Ipv6Addr::LOCALHOST), Mode::Permissive),
+        ] {
+            let record = PodRecord {
+                netns_cookie: 7,
+                v4,
+                v6,
+                mode,
+            };
+            assert_eq!(PodRecord::from_kernel(7, &record.to_kernel()), record);
+        }
+    }
+}

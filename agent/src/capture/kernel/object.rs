@@ -1,0 +1,110 @@
+//! The embedded object: loading it, once for the node and once more for every pod's `sk_lookup`.
+
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::path::Path;
+
+use aya::maps::{Array, Map};
+use aya::programs::{Program, ProgramError, ProgramFd};
+use aya::{Ebpf, EbpfLoader};
+use undermesh_common::PodConstants;
+
+use super::KernelError;
+
+static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/undermesh-ebpf"));
+
+/// Maps that all programs share, and the names of their pins.
+const SHARED_MAPS: [(&str, &str); 8] = [
+    ("PODS", "pods"),
+    ("TARGETS", "targets"),
+    ("INTENTS", "intents"),
+    ("ADMITTED", "admitted"),
+    ("LISTENERS", "listeners"),
+    ("VERDICTS", "verdicts"),
+    ("NATIVE", "native"),
+    ("NOTES", "notes"),
+];
+
+/// A map of its own for each `sk_lookup` instance.
+const CONSTANTS: &str = "CONSTANTS";
+
+pub(super) const CONNECT4: &str = "undermesh_connect4";
+pub(super) const CONNECT6: &str = "undermesh_connect6";
+pub(super) const SOCK_OPS: &str = "undermesh_sock_ops";
+pub(super) const LOOKUP: &str = "undermesh_lookup";
+
+/// Loads the object with the maps that are pinned in one directory, or pins new ones there.
+///
+/// There is one for the whole life of the agent: making one parses the kernel's own BTF, which
+/// takes up to 50 ms; loading takes a fraction of a millisecond.
+pub(super) struct Loader {
+    loader: EbpfLoader<'static>,
+}
+
+impl Loader {
+    pub(super) fn new(pins: &Path) -> Self {
+        let mut loader = EbpfLoader::new();
+        for (map, pin) in SHARED_MAPS {
+            loader.map_pin_path(map, pins.join(pin));
+        }
+        Self { loader }
+    }
+
+    pub(super) fn load(&mut self) -> Result<Loaded, KernelError> {
+        Ok(Loaded {
+            ebpf: self.loader.load(OBJECT)?,
+        })
+    }
+
+    /// The `sk_lookup` program of one pod.
+    pub(super) fn lookup(&mut self, constants: &PodConstants) -> Result<OwnedFd, KernelError> {
+        let mut loaded = self.load()?;
+        // It stays in `loaded` until the verifier has seen the program, which names it by descriptor.
+        let map = loaded.map_mut(CONSTANTS)?;
+        Array::<_, PodConstants>::try_from(map)
+            .and_then(|mut array| array.set(0, constants, 0))
+            .map_err(|source| KernelError::Map {
+                map: CONSTANTS,
+                source,
+            })?;
+        loaded.program(LOOKUP)
+    }
+}
+
+/// Maps made or opened, programs ready for the verifier.
+pub(super) struct Loaded {
+    ebpf: Ebpf,
+}
+
+impl Loaded {
+    pub(super) fn take_map(&mut self, name: &'static str) -> Result<Map, KernelError> {
+        self.ebpf.take_map(name).ok_or(KernelError::Missing(name))
+    }
+
+    fn map_mut(&mut self, name: &'static str) -> Result<&mut Map, KernelError> {
+        self.ebpf.map_mut(name).ok_or(KernelError::Missing(name))
+    }
+
+    /// Hands a program to the verifier. It lives as long as the descriptor or a link.
+    pub(super) fn program(&mut self, name: &'static str) -> Result<OwnedFd, KernelError> {
+        let program = self
+            .ebpf
+            .program_mut(name)
+            .ok_or(KernelError::Missing(name))?;
+        load(program)
+            .and_then(|descriptor| Ok(descriptor.as_fd().try_clone_to_owned()?))
+            .map_err(|source| KernelError::Program {
+                program: name,
+                source,
+            })
+    }
+}
+
+fn load(program: &mut Program) -> Result<&ProgramFd, ProgramError> {
+    match program {
+        Program::CgroupSockAddr(program) => program.load()?,
+        Program::SockOps(program) => program.load()?,
+        Program::SkLookup(program) => program.load()?,
+        _ => return Err(ProgramError::UnexpectedProgramType),
+    }
+    program.fd()
+}

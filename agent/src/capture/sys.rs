@@ -1,0 +1,250 @@
+//! The system calls that no crate offers: `bpf(2)` on links, and the cookie of a socket's network
+//! namespace. The only unsafe code of the agent.
+#![allow(unsafe_code)]
+
+use std::ffi::CString;
+use std::io;
+use std::os::fd::{AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd, RawFd};
+use std::os::unix::ffi::OsStrExt as _;
+use std::path::Path;
+
+/// Commands of `bpf(2)`: `enum bpf_cmd` of include/uapi/linux/bpf.h.
+#[repr(i32)]
+#[derive(Clone, Copy)]
+enum Command {
+    ObjPin = 6,
+    ObjGet = 7,
+    ObjGetInfoByFd = 15,
+    ProgQuery = 16,
+    LinkCreate = 28,
+    LinkUpdate = 29,
+    LinkDetach = 34,
+}
+
+/// Where a program attaches: `enum bpf_attach_type` of include/uapi/linux/bpf.h.
+#[repr(u32)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum AttachType {
+    /// `BPF_CGROUP_SOCK_OPS`
+    SockOps = 3,
+    /// `BPF_CGROUP_INET4_CONNECT`
+    Connect4 = 10,
+    /// `BPF_CGROUP_INET6_CONNECT`
+    Connect6 = 11,
+    /// `BPF_SK_LOOKUP`
+    Lookup = 36,
+}
+
+/// What the kernel says about a link: `struct bpf_link_info`, for cgroup and netns links.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct LinkInfo {
+    kind: u32,
+    /// Number of the link.
+    pub(super) id: u32,
+    /// Number of its program.
+    pub(super) program_id: u32,
+    padding: u32,
+    /// The union: `cgroup_id: u64`, or `netns_ino: u32`.
+    target: [u32; 2],
+    /// Room for the other kinds of link.
+    rest: [u64; 8],
+}
+
+impl LinkInfo {
+    /// Inode of the cgroup directory it is attached to; 0 when that is gone.
+    pub(super) fn cgroup_id(&self) -> u64 {
+        let [low, high] = self.target.map(u32::to_ne_bytes);
+        let mut bytes = [0; 8];
+        bytes[..4].copy_from_slice(&low);
+        bytes[4..].copy_from_slice(&high);
+        u64::from_ne_bytes(bytes)
+    }
+
+    /// Inode of the network namespace it is attached to; 0 when that is gone.
+    pub(super) fn netns_inode(&self) -> u64 {
+        u64::from(self.target[0])
+    }
+}
+
+fn bpf<T>(command: Command, attributes: &mut T) -> io::Result<RawFd> {
+    // SAFETY: `attributes` is the structure of this command, as each caller sees to, valid for the
+    // call; its size is given, and the kernel takes what lies beyond as zero.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_bpf,
+            command as libc::c_int,
+            std::ptr::from_mut(attributes),
+            size_of::<T>(),
+        )
+    };
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    RawFd::try_from(result).map_err(io::Error::other)
+}
+
+/// Takes a descriptor that the kernel has just made.
+fn own(descriptor: RawFd) -> OwnedFd {
+    // SAFETY: `bpf(2)` returned it from a command that makes a descriptor (close-on-exec) for us.
+    unsafe { OwnedFd::from_raw_fd(descriptor) }
+}
+
+#[repr(C)]
+struct ObjectAttributes {
+    path: u64,
+    descriptor: u32,
+    flags: u32,
+}
+
+fn c_path(path: &Path) -> io::Result<CString> {
+    CString::new(path.as_os_str().as_bytes()).map_err(io::Error::other)
+}
+
+/// Pins an object on a bpffs (`BPF_OBJ_PIN`).
+pub(super) fn pin(object: BorrowedFd<'_>, path: &Path) -> io::Result<()> {
+    let path = c_path(path)?;
+    let mut attributes = ObjectAttributes {
+        path: path.as_ptr() as u64,
+        descriptor: object.as_raw_fd().cast_unsigned(),
+        flags: 0,
+    };
+    bpf(Command::ObjPin, &mut attributes).map(drop)
+}
+
+/// Opens what is pinned (`BPF_OBJ_GET`).
+pub(super) fn open_pin(path: &Path) -> io::Result<OwnedFd> {
+    let path = c_path(path)?;
+    let mut attributes = ObjectAttributes {
+        path: path.as_ptr() as u64,
+        descriptor: 0,
+        flags: 0,
+    };
+    bpf(Command::ObjGet, &mut attributes).map(own)
+}
+
+/// Attaches a program to a cgroup or a network namespace (`BPF_LINK_CREATE`, 5.7).
+pub(super) fn link(
+    program: BorrowedFd<'_>,
+    target: BorrowedFd<'_>,
+    kind: AttachType,
+) -> io::Result<OwnedFd> {
+    #[repr(C)]
+    struct Attributes {
+        program: u32,
+        target: u32,
+        attach_type: u32,
+        flags: u32,
+    }
+    let mut attributes = Attributes {
+        program: program.as_raw_fd().cast_unsigned(),
+        target: target.as_raw_fd().cast_unsigned(),
+        attach_type: kind as u32,
+        flags: 0,
+    };
+    bpf(Command::LinkCreate, &mut attributes).map(own)
+}
+
+/// Puts another program into a link, without a moment between (`BPF_LINK_UPDATE`, 5.7). ENOLINK:
+/// what it was attached to is gone.
+pub(super) fn update_link(link: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::Result<()> {
+    #[repr(C)]
+    struct Attributes {
+        link: u32,
+        program: u32,
+        flags: u32,
+        former_program: u32,
+    }
+    let mut attributes = Attributes {
+        link: link.as_raw_fd().cast_unsigned(),
+        program: program.as_raw_fd().cast_unsigned(),
+        flags: 0,
+        former_program: 0,
+    };
+    bpf(Command::LinkUpdate, &mut attributes).map(drop)
+}
+
+/// Takes the program off (`BPF_LINK_DETACH`, 5.9), before it returns: closing and unpinning a link
+/// do so some time later.
+pub(super) fn detach_link(link: BorrowedFd<'_>) -> io::Result<()> {
+    let mut attributes = link.as_raw_fd().cast_unsigned();
+    bpf(Command::LinkDetach, &mut attributes).map(drop)
+}
+
+/// What the kernel says about a link (`BPF_OBJ_GET_INFO_BY_FD`).
+pub(super) fn link_info(link: BorrowedFd<'_>) -> io::Result<LinkInfo> {
+    #[repr(C)]
+    struct Attributes {
+        descriptor: u32,
+        length: u32,
+        info: u64,
+    }
+    let mut info = LinkInfo::default();
+    let mut attributes = Attributes {
+        descriptor: link.as_raw_fd().cast_unsigned(),
+        length: size_of::<LinkInfo>() as u32,
+        info: (&raw mut info) as u64,
+    };
+    bpf(Command::ObjGetInfoByFd, &mut attributes)?;
+    Ok(info)
+}
+
+/// Numbers of the programs attached to a cgroup itself, at most 64 (`BPF_PROG_QUERY`).
+pub(super) fn attached(cgroup: BorrowedFd<'_>, kind: AttachType) -> io::Result<Vec<u32>> {
+    #[repr(C)]
+    struct Attributes {
+        target: u32,
+        attach_type: u32,
+        query_flags: u32,
+        attach_flags: u32,
+        programs: u64,
+        count: u32,
+        padding: u32,
+    }
+    let mut programs = [0_u32; 64];
+    let mut attributes = Attributes {
+        target: cgroup.as_raw_fd().cast_unsigned(),
+        attach_type: kind as u32,
+        query_flags: 0,
+        attach_flags: 0,
+        programs: programs.as_mut_ptr() as u64,
+        count: programs.len() as u32,
+        padding: 0,
+    };
+    bpf(Command::ProgQuery, &mut attributes)?;
+    Ok(programs
+        .into_iter()
+        .take(attributes.count as usize)
+        .collect())
+}
+
+/// Cookie of the network namespace that a socket is in (`SO_NETNS_COOKIE`, 5.14). It is never used
+/// again for another until the machine boots.
+pub(super) fn netns_cookie(socket: BorrowedFd<'_>) -> io::Result<u64> {
+    cookie(socket, libc::SO_NETNS_COOKIE)
+}
+
+/// Cookie of a socket (`SO_COOKIE`).
+pub(super) fn socket_cookie(socket: BorrowedFd<'_>) -> io::Result<u64> {
+    cookie(socket, libc::SO_COOKIE)
+}
+
+fn cookie(socket: BorrowedFd<'_>, option: libc::c_int) -> io::Result<u64> {
+    let mut cookie = 0_u64;
+    let mut length = size_of::<u64>() as libc::socklen_t;
+    // SAFETY: the kernel writes at most `length` bytes to `cookie`.
+    let result = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            option,
+            (&raw mut cookie).cast(),
+            &raw mut length,
+        )
+    };
+    if result == 0 {
+        Ok(cookie)
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}

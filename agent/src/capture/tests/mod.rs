@@ -1,0 +1,6 @@
+//! Against the real kernel: pods made of network namespaces, unmodified clients and servers.
+
+mod enrolment;
+mod exhaustion;
+mod sockets;
+mod world;

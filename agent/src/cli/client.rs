@@ -1,0 +1,100 @@
+//! One GET to the admin endpoint.
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use bytes::Bytes;
+use http::header::{ACCEPT, CONNECTION, HOST};
+use http::{Request, StatusCode};
+use http_body_util::{BodyExt, Empty, Limited};
+use hyper::client::conn::http1;
+use hyper_util::rt::TokioIo;
+use tokio::net::TcpStream;
+
+use super::CliError;
+
+/// How long connecting may take: the agent is on this node.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
+
+/// How long the whole answer may take: longer than the agent gives itself.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// Longest answer, in bytes.
+const ANSWER_LIMIT: usize = 256 * 1_024 * 1_024;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Format {
+    Json,
+    Text,
+}
+
+/// What the agent said.
+#[derive(Debug)]
+pub(super) struct Answer {
+    pub status: StatusCode,
+    /// `x-total-count`: how much there is, where not everything is shown.
+    pub total: Option<usize>,
+    pub body: String,
+}
+
+impl Answer {
+    pub fn into_error(self, path: &str) -> CliError {
+        CliError::Status {
+            path: path.to_owned(),
+            status: self.status,
+            body: self.body.trim().to_owned(),
+        }
+    }
+}
+
+/// Asks for a path; any status is an answer.
+pub(super) async fn get(admin: SocketAddr, path: &str, format: Format) -> Result<Answer, CliError> {
+    let connecting = tokio::time::timeout(CONNECT_TIMEOUT, TcpStream::connect(admin));
+    let stream = match connecting.await {
+        Ok(Ok(stream)) => stream,
+        Ok(Err(source)) => return Err(CliError::Unreachable { admin, source }),
+        Err(_) => return Err(CliError::TimedOut(admin)),
+    };
+    tokio::time::timeout(ANSWER_TIMEOUT, exchange(stream, admin, path, format))
+        .await
+        .map_err(|_| CliError::TimedOut(admin))?
+        .map_err(|source| CliError::Http { admin, source })
+}
+
+async fn exchange(
+    stream: TcpStream,
+    admin: SocketAddr,
+    path: &str,
+    format: Format,
+) -> Result<Answer, Box<dyn std::error::Error + Send + Sync>> {
+    let accept = match format {
+        Format::Json => "application/json",
+        Format::Text => "text/plain",
+    };
+    let request = Request::get(path)
+        .header(HOST, admin.to_string())
+        .header(ACCEPT, accept)
+        .header(CONNECTION, "close")
+        .body(Empty::<Bytes>::new())?;
+    let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await?;
+    let exchange = async {
+        let response = sender.send_request(request).await?;
+        let status = response.status();
+        let total = response.headers().get("x-total-count");
+        let total = total.and_then(|total| total.to_str().ok()?.parse().ok());
+        let body = Limited::new(response.into_body(), ANSWER_LIMIT);
+        let body = body.collect().await?.to_bytes();
+        Ok(Answer {
+            status,
+            total,
+            body: String::from_utf8(body.into())?,
+        })
+    };
+    tokio::pin!(exchange);
+    tokio::select! {
+        answer = &mut exchange => answer,
+        // The connection ends when its last byte is read, which may be before the answer is put
+        // together; its error comes out at the exchange as well.
+        _ = connection => exchange.await,
+    }
+}

@@ -1,0 +1,153 @@
+//! Ways from one object to those that depend on it.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::hash::Hash;
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use super::super::object::ObjectKey;
+use super::facts::Facts;
+use crate::mesh::ObjectName;
+
+/// A label of a namespace's pods: namespace, name, value.
+type Label = (Arc<str>, String, String);
+
+/// Ways from one object to those that depend on it. Everything in it is an object in force.
+#[derive(Debug, Default)]
+pub(super) struct Index {
+    mesh_config: Option<ObjectKey>,
+    pods_by_namespace: HashMap<Arc<str>, BTreeSet<ObjectName>>,
+    pods_by_label: HashMap<Label, BTreeSet<ObjectName>>,
+    /// By one label of their selector, which is enough to find them.
+    services_by_label: HashMap<Label, BTreeSet<ObjectName>>,
+    slices_by_service: HashMap<ObjectName, BTreeSet<ObjectName>>,
+    slices_by_address: HashMap<IpAddr, BTreeSet<ObjectName>>,
+}
+
+impl Index {
+    pub(super) fn add(&mut self, key: &ObjectKey, facts: &Facts) {
+        match facts {
+            Facts::MeshConfig(_) => self.mesh_config = Some(key.clone()),
+            Facts::Namespace(_) | Facts::Node(_) | Facts::Nothing => {}
+            Facts::Pod(pod) => {
+                let name = &key.name;
+                put(&mut self.pods_by_namespace, name.namespace.clone(), name);
+                for label in labels(name, pod.labels()) {
+                    put(&mut self.pods_by_label, label, name);
+                }
+            }
+            Facts::Slice(slice) => {
+                put(
+                    &mut self.slices_by_service,
+                    slice.service.clone(),
+                    &key.name,
+                );
+                for endpoint in &slice.endpoints {
+                    put(&mut self.slices_by_address, endpoint.address, &key.name);
+                }
+            }
+            Facts::Service(service) => {
+                if let Some(label) = labels(&key.name, &service.selector).next() {
+                    put(&mut self.services_by_label, label, &key.name);
+                }
+            }
+        }
+    }
+
+    pub(super) fn remove(&mut self, key: &ObjectKey, facts: &Facts) {
+        match facts {
+            Facts::MeshConfig(_) => self.mesh_config = None,
+            Facts::Namespace(_) | Facts::Node(_) | Facts::Nothing => {}
+            Facts::Pod(pod) => {
+                let name = &key.name;
+                drop_from(&mut self.pods_by_namespace, &name.namespace, name);
+                for label in labels(name, pod.labels()) {
+                    drop_from(&mut self.pods_by_label, &label, name);
+                }
+            }
+            Facts::Slice(slice) => {
+                drop_from(&mut self.slices_by_service, &slice.service, &key.name);
+                for endpoint in &slice.endpoints {
+                    drop_from(&mut self.slices_by_address, &endpoint.address, &key.name);
+                }
+            }
+            Facts::Service(service) => {
+                if let Some(label) = labels(&key.name, &service.selector).next() {
+                    drop_from(&mut self.services_by_label, &label, &key.name);
+                }
+            }
+        }
+    }
+
+    pub(super) fn mesh_config(&self) -> Option<&ObjectKey> {
+        self.mesh_config.as_ref()
+    }
+
+    pub(super) fn pods(&self) -> impl Iterator<Item = ObjectName> {
+        self.pods_by_namespace.values().flatten().cloned()
+    }
+
+    pub(super) fn pods_of_namespace(&self, namespace: &str) -> impl Iterator<Item = ObjectName> {
+        let pods = self.pods_by_namespace.get(namespace);
+        pods.into_iter().flatten().cloned()
+    }
+
+    pub(super) fn slices_of(&self, service: &ObjectName) -> impl Iterator<Item = &ObjectName> {
+        self.slices_by_service.get(service).into_iter().flatten()
+    }
+
+    pub(super) fn slices_with(&self, address: IpAddr) -> impl Iterator<Item = &ObjectName> {
+        self.slices_by_address.get(&address).into_iter().flatten()
+    }
+
+    /// Services that may select a pod with these labels.
+    pub(super) fn candidates_for(
+        &self,
+        namespace: &Arc<str>,
+        pod_labels: &BTreeMap<String, String>,
+    ) -> impl Iterator<Item = &ObjectName> {
+        pod_labels.iter().flat_map(move |(name, value)| {
+            let label = (namespace.clone(), name.clone(), value.clone());
+            self.services_by_label.get(&label).into_iter().flatten()
+        })
+    }
+
+    /// Pods that this selector may select.
+    pub(super) fn candidates_by(
+        &self,
+        namespace: &Arc<str>,
+        selector: &BTreeMap<String, String>,
+    ) -> impl Iterator<Item = &ObjectName> {
+        let rarest = selector
+            .iter()
+            .map(|(name, value)| {
+                let label = (namespace.clone(), name.clone(), value.clone());
+                self.pods_by_label.get(&label)
+            })
+            .min_by_key(|pods| pods.map_or(0, BTreeSet::len));
+        rarest.flatten().into_iter().flatten()
+    }
+}
+
+fn labels<'a>(
+    object: &ObjectName,
+    labels: &'a BTreeMap<String, String>,
+) -> impl Iterator<Item = Label> + use<'a> {
+    let namespace = object.namespace.clone();
+    labels
+        .iter()
+        .map(move |(name, value)| (namespace.clone(), name.clone(), value.clone()))
+}
+
+fn put<K: Eq + Hash>(map: &mut HashMap<K, BTreeSet<ObjectName>>, key: K, name: &ObjectName) {
+    map.entry(key).or_default().insert(name.clone());
+}
+
+fn drop_from<K: Eq + Hash>(map: &mut HashMap<K, BTreeSet<ObjectName>>, key: &K, name: &ObjectName) {
+    if let Some(names) = map.get_mut(key) {
+        names.remove(name);
+        if names.is_empty() {
+            map.remove(key);
+        }
+    }
+}

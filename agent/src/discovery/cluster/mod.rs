@@ -1,0 +1,493 @@
+//! All objects that are in force, and the snapshot that they make.
+//!
+//! Changes come in batches. What a batch touches is worked out anew, nothing else: one change costs
+//! one change. An object that is refused leaves its former state in force, if it had one.
+
+mod claims;
+mod facts;
+mod index;
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::sync::Arc;
+
+use self::claims::{Claim, Claims};
+use self::facts::Facts;
+use self::index::Index;
+use super::object::{Kind, Object, ObjectKey, Rejection};
+use super::translate::{PodContext, PodFacts, PodState, ServiceFacts, SliceFacts};
+use super::translate::{derive_endpoints, slice_endpoints};
+use crate::mesh::{
+    Endpoint, MeshConfig, ObjectName, Service, ServicePort, Snapshot, Workload, WorkloadUid,
+};
+
+/// A change of one object.
+#[derive(Debug, Clone)]
+pub enum Change {
+    /// It is so from now on.
+    Put(Object),
+    /// It is no more.
+    Delete(ObjectKey),
+}
+
+/// What a batch did to the snapshot.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Outcome {
+    /// Nothing.
+    Unchanged,
+    /// There is a new one.
+    Changed,
+}
+
+/// All objects that are in force, and the snapshot that they make.
+#[derive(Debug)]
+pub struct Cluster {
+    node: Arc<str>,
+    facts: HashMap<ObjectKey, Arc<Facts>>,
+    claims: Claims,
+    refused: BTreeMap<ObjectKey, Refused>,
+    index: Index,
+    /// Under which UID each pod is in the snapshot.
+    uids: HashMap<ObjectName, WorkloadUid>,
+    snapshot: Snapshot,
+}
+
+/// An object, or a version of it, that is not in force.
+#[derive(Debug)]
+struct Refused {
+    rejection: Rejection,
+    /// It is taken when this claim becomes free.
+    waits: Option<(Claim, Arc<Facts>)>,
+}
+
+/// What has to be worked out anew.
+#[derive(Debug, Default)]
+struct Dirty {
+    config: bool,
+    namespaces: BTreeSet<Arc<str>>,
+    nodes: BTreeSet<Arc<str>>,
+    pods: BTreeSet<ObjectName>,
+    services: BTreeSet<ObjectName>,
+}
+
+type Step = (ObjectKey, Option<Arc<Facts>>);
+
+impl Cluster {
+    /// An empty one, as seen from this node.
+    #[must_use]
+    pub fn new(node: &str) -> Self {
+        Self {
+            node: node.into(),
+            facts: HashMap::new(),
+            claims: Claims::default(),
+            refused: BTreeMap::new(),
+            index: Index::default(),
+            uids: HashMap::new(),
+            snapshot: Snapshot::default(),
+        }
+    }
+
+    /// The snapshot that the objects in force make.
+    #[must_use]
+    pub fn snapshot(&self) -> &Snapshot {
+        &self.snapshot
+    }
+
+    /// Objects whose last version is not in force, and why.
+    pub fn rejections(&self) -> impl Iterator<Item = &Rejection> {
+        self.refused.values().map(|refused| &refused.rejection)
+    }
+
+    /// Why the last version of this object is not in force, if it is not.
+    #[must_use]
+    pub fn rejection(&self, key: &ObjectKey) -> Option<&Rejection> {
+        self.refused.get(key).map(|refused| &refused.rejection)
+    }
+
+    /// How many objects of each kind are in force.
+    #[must_use]
+    pub fn counts(&self) -> BTreeMap<Kind, usize> {
+        let mut counts = BTreeMap::new();
+        for key in self.facts.keys() {
+            *counts.entry(key.kind).or_insert(0) += 1;
+        }
+        counts
+    }
+
+    /// How many pods are in this state.
+    #[must_use]
+    pub fn pods_in(&self, state: PodState) -> usize {
+        self.facts
+            .values()
+            .filter(|facts| matches!(&***facts, Facts::Pod(pod) if pod.state == state))
+            .count()
+    }
+
+    /// Takes a batch of changes. Within it objects may swap what only one can have (an address, a
+    /// port of an address); of two that want it, the one in force, else the earlier one, has it.
+    pub fn apply(&mut self, changes: impl IntoIterator<Item = Change>) -> Outcome {
+        let mut steps: Vec<Step> = Vec::new();
+        let mut places: HashMap<ObjectKey, usize> = HashMap::new();
+        for change in changes {
+            let (key, facts) = match change {
+                Change::Put(object) => {
+                    let key = object.key();
+                    match Facts::of(&object) {
+                        Ok(facts) => (key, Some(Arc::new(facts))),
+                        Err(fault) => {
+                            self.refuse(fault.of(&key), None);
+                            continue;
+                        }
+                    }
+                }
+                Change::Delete(key) => (key, None),
+            };
+            self.forgive(&key);
+            if let Some(&place) = places.get(&key) {
+                steps[place].1 = facts;
+                continue;
+            }
+            places.insert(key.clone(), steps.len());
+            steps.push((key, facts));
+        }
+        let mut dirty = Dirty::default();
+        while !steps.is_empty() {
+            steps = self.settle(steps, &mut dirty);
+        }
+        self.refresh(dirty)
+    }
+
+    /// Puts facts in force, and gives back those that can be tried now.
+    fn settle(&mut self, steps: Vec<Step>, dirty: &mut Dirty) -> Vec<Step> {
+        let mut freed = BTreeSet::new();
+        let mut former = Vec::with_capacity(steps.len());
+        for (key, new) in &steps {
+            let old = self.facts.get(key).cloned();
+            if old.is_some() && old == *new {
+                former.push(None);
+                continue;
+            }
+            self.withdraw(key, new.as_deref(), &mut freed);
+            former.push(old);
+        }
+        let mut to_restore = Vec::new();
+        for ((key, new), old) in steps.into_iter().zip(former) {
+            if self.facts.contains_key(&key) {
+                continue; // The same as before.
+            }
+            let Some(new) = new else {
+                if let Some(old) = old {
+                    dirty.mark(&key, &old);
+                }
+                continue;
+            };
+            match self.admit(&key, new.clone()) {
+                Ok(()) => {
+                    dirty.mark(&key, &new);
+                    if let Some(old) = old {
+                        dirty.mark(&key, &old);
+                    }
+                }
+                Err((rejection, claim)) => {
+                    self.refuse(rejection, Some((claim, new)));
+                    to_restore.extend(old.map(|old| (key, old)));
+                }
+            }
+        }
+        for (key, old) in to_restore {
+            // What it gave up may have gone to another of the batch: then it is out.
+            if self.admit(&key, old.clone()).is_err() {
+                dirty.mark(&key, &old);
+                self.release(&key, &old, &mut freed);
+            }
+        }
+        self.waiting_for(&freed)
+    }
+
+    fn admit(&mut self, key: &ObjectKey, facts: Arc<Facts>) -> Result<(), (Rejection, Claim)> {
+        let wanted = facts.claims();
+        if let Some((claim, fault)) = self.claims.conflict(key, &wanted) {
+            return Err((fault.of(key), claim));
+        }
+        self.claims.hold(key, wanted);
+        self.index.add(key, &facts);
+        self.facts.insert(key.clone(), facts);
+        Ok(())
+    }
+
+    /// Takes an object out of force. What its new version wants too stays its own, so that no
+    /// other of the batch can take it.
+    fn withdraw(&mut self, key: &ObjectKey, new: Option<&Facts>, freed: &mut BTreeSet<Claim>) {
+        let Some(old) = self.facts.remove(key) else {
+            return;
+        };
+        self.index.remove(key, &old);
+        let kept: BTreeSet<Claim> = new
+            .into_iter()
+            .flat_map(Facts::claims)
+            .map(|(claim, _)| claim)
+            .collect();
+        for (claim, _) in old.claims() {
+            if !kept.contains(&claim) {
+                self.claims.release(key, &claim);
+                freed.insert(claim);
+            }
+        }
+    }
+
+    fn release(&mut self, key: &ObjectKey, facts: &Facts, freed: &mut BTreeSet<Claim>) {
+        for (claim, _) in facts.claims() {
+            self.claims.release(key, &claim);
+            freed.insert(claim);
+        }
+    }
+
+    fn refuse(&mut self, rejection: Rejection, waits: Option<(Claim, Arc<Facts>)>) {
+        let key = rejection.object.clone();
+        self.forgive(&key);
+        if let Some((claim, _)) = &waits {
+            self.claims.wait(claim.clone(), key.clone());
+        }
+        self.refused.insert(key, Refused { rejection, waits });
+    }
+
+    fn forgive(&mut self, key: &ObjectKey) {
+        let refused = self.refused.remove(key);
+        if let Some((claim, _)) = refused.and_then(|refused| refused.waits) {
+            self.claims.stop_waiting(&claim, key);
+        }
+    }
+
+    fn waiting_for(&mut self, freed: &BTreeSet<Claim>) -> Vec<Step> {
+        let waiting: Vec<ObjectKey> = freed
+            .iter()
+            .flat_map(|claim| self.claims.next_for(claim))
+            .collect();
+        let mut steps = Vec::with_capacity(waiting.len());
+        for key in waiting {
+            let waits = self.refused.get(&key).and_then(|one| one.waits.clone());
+            self.forgive(&key);
+            steps.extend(waits.map(|(_, facts)| (key, Some(facts))));
+        }
+        steps
+    }
+
+    /// Works out anew what is dirty.
+    fn refresh(&mut self, mut dirty: Dirty) -> Outcome {
+        let mut outcome = Outcome::Unchanged;
+        if dirty.config {
+            let config = self.config();
+            if config != **self.snapshot.config() {
+                self.snapshot.set_config(config);
+                outcome = Outcome::Changed;
+                dirty.pods.extend(self.index.pods());
+            }
+        }
+        for namespace in &dirty.namespaces {
+            dirty.pods.extend(self.index.pods_of_namespace(namespace));
+        }
+        for name in &dirty.nodes {
+            self.refresh_node(name);
+            outcome = Outcome::Changed;
+        }
+        if self.refresh_pods(&dirty.pods, &mut dirty.services) == Outcome::Changed {
+            outcome = Outcome::Changed;
+        }
+        for name in &dirty.services {
+            if self.refresh_service(name) == Outcome::Changed {
+                outcome = Outcome::Changed;
+            }
+        }
+        outcome
+    }
+
+    fn config(&self) -> MeshConfig {
+        let key = self.index.mesh_config();
+        let facts = key.and_then(|key| self.facts.get(key));
+        facts
+            .and_then(|facts| facts.mesh_config())
+            .cloned()
+            .unwrap_or_default()
+    }
+
+    fn refresh_node(&mut self, name: &Arc<str>) {
+        let key = ObjectKey::new(Kind::Node, None, name);
+        match self.facts.get(&key).and_then(|facts| facts.node()) {
+            Some(node) => self.snapshot.insert_node(node.clone()),
+            None => self.snapshot.remove_node(name),
+        }
+    }
+
+    fn refresh_pods(
+        &mut self,
+        pods: &BTreeSet<ObjectName>,
+        services: &mut BTreeSet<ObjectName>,
+    ) -> Outcome {
+        let mut new = Vec::new();
+        let mut outcome = Outcome::Unchanged;
+        // All old ones go first: one of the new may have another's UID.
+        for name in pods {
+            let uid = self.uids.get(name);
+            let old = uid.and_then(|uid| self.snapshot.workload(uid)).cloned();
+            let now = self.workload(name);
+            if old.as_deref() == now.as_ref() {
+                continue;
+            }
+            outcome = Outcome::Changed;
+            if !same_endpoints(old.as_deref(), now.as_ref()) {
+                for workload in old.as_deref().into_iter().chain(&now) {
+                    services.extend(self.services_affected_by(workload));
+                }
+            }
+            let keeps_uid = old.as_ref().map(|old| &old.uid) == now.as_ref().map(|now| &now.uid);
+            if let Some(old) = old.filter(|_| !keeps_uid) {
+                self.snapshot.remove_workload(&old.uid);
+                self.uids.remove(name);
+            }
+            new.extend(now);
+        }
+        for workload in new {
+            self.uids
+                .insert(workload.name.clone(), workload.uid.clone());
+            self.snapshot.insert_workload(Arc::new(workload));
+        }
+        outcome
+    }
+
+    fn workload(&self, name: &ObjectName) -> Option<Workload> {
+        let namespace = ObjectKey::new(Kind::Namespace, None, &name.namespace);
+        let namespace = self.facts.get(&namespace);
+        self.pod(name)?.workload(PodContext {
+            namespace: namespace.and_then(|facts| facts.namespace()),
+            config: self.snapshot.config(),
+            node: &self.node,
+        })
+    }
+
+    fn services_affected_by(&self, workload: &Workload) -> BTreeSet<ObjectName> {
+        let by_slice = workload
+            .addresses
+            .iter()
+            .flat_map(|address| self.index.slices_with(*address))
+            .filter_map(|slice| Some(self.slice(slice)?.service.clone()));
+        let by_selector = self
+            .index
+            .candidates_for(&workload.name.namespace, &workload.labels)
+            .filter(|name| {
+                self.service(name)
+                    .is_some_and(|service| service.selects(&workload.labels))
+            })
+            .cloned();
+        by_slice.chain(by_selector).collect()
+    }
+
+    fn refresh_service(&mut self, name: &ObjectName) -> Outcome {
+        let now = self.service(name).map(|facts| self.assemble(facts));
+        let old = self.snapshot.service(name);
+        if old.map(|old| &**old) == now.as_ref() {
+            return Outcome::Unchanged;
+        }
+        match now {
+            Some(service) => self.snapshot.insert_service(Arc::new(service)),
+            None => self.snapshot.remove_service(name),
+        }
+        Outcome::Changed
+    }
+
+    /// A Service with its endpoints: from its slices, or from the pods that it selects where no
+    /// controller makes slices for it.
+    fn assemble(&self, facts: &ServiceFacts) -> Service {
+        let slices: Vec<&SliceFacts> = self
+            .index
+            .slices_of(&facts.name)
+            .filter_map(|slice| self.slice(slice))
+            .collect();
+        let selected: Vec<&Arc<Workload>> = if slices.is_empty() {
+            self.index
+                .candidates_by(&facts.name.namespace, &facts.selector)
+                .filter_map(|pod| self.snapshot.workload(self.uids.get(pod)?))
+                .filter(|workload| facts.selects(&workload.labels))
+                .collect()
+        } else {
+            Vec::new()
+        };
+        let ports = facts.ports.iter().map(|port| {
+            let endpoints: Vec<Endpoint> = if slices.is_empty() {
+                derive_endpoints(facts, port, selected.iter().copied())
+            } else {
+                slice_endpoints(port, slices.iter().copied(), |address| {
+                    self.snapshot.workload_at(address)
+                })
+            };
+            ServicePort {
+                name: port.name.clone(),
+                port: port.port,
+                app_protocol: port.app_protocol.clone(),
+                endpoints: endpoints.into(),
+            }
+        });
+        Service {
+            name: facts.name.clone(),
+            vips: facts.vips.iter().map(|(vip, _)| *vip).collect(),
+            ports: ports.collect(),
+        }
+    }
+
+    fn pod(&self, name: &ObjectName) -> Option<&PodFacts> {
+        self.facts.get(&key(Kind::Pod, name))?.pod()
+    }
+
+    fn service(&self, name: &ObjectName) -> Option<&ServiceFacts> {
+        self.facts.get(&key(Kind::Service, name))?.service()
+    }
+
+    fn slice(&self, name: &ObjectName) -> Option<&SliceFacts> {
+        self.facts.get(&key(Kind::EndpointSlice, name))?.slice()
+    }
+}
+
+fn key(kind: Kind, name: &ObjectName) -> ObjectKey {
+    ObjectKey {
+        kind,
+        name: name.clone(),
+    }
+}
+
+/// Whether two states of a pod make the same endpoints.
+fn same_endpoints(old: Option<&Workload>, new: Option<&Workload>) -> bool {
+    let (Some(old), Some(new)) = (old, new) else {
+        return false;
+    };
+    old.uid == new.uid
+        && old.addresses == new.addresses
+        && old.ready == new.ready
+        && old.named_ports == new.named_ports
+        && old.labels == new.labels
+}
+
+impl Dirty {
+    fn mark(&mut self, key: &ObjectKey, facts: &Facts) {
+        match key.kind {
+            Kind::MeshConfig => self.config = true,
+            Kind::Namespace => {
+                self.namespaces.insert(key.name.name.clone());
+            }
+            Kind::Node => {
+                self.nodes.insert(key.name.name.clone());
+            }
+            Kind::Pod => {
+                self.pods.insert(key.name.clone());
+            }
+            Kind::Service => {
+                self.services.insert(key.name.clone());
+            }
+            Kind::EndpointSlice => {
+                self.services
+                    .extend(facts.slice().map(|slice| slice.service.clone()));
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+#[path = "tests.rs"]
+mod tests;

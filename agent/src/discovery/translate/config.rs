@@ -1,0 +1,213 @@
+//! `MeshConfig`, Undermesh's own kind: settings of the whole mesh.
+
+use std::time::Duration;
+
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+use serde::{Deserialize, Deserializer};
+
+use super::super::object::Fault;
+use crate::mesh::{MeshConfig, Mode};
+
+/// `apiVersion` of [`MeshConfigManifest`].
+pub const MESH_CONFIG_API_VERSION: &str = "undermesh.io/v1alpha1";
+
+/// Longest timeout that can be set: a longer one is a mistake of units.
+const TIMEOUT_MAX: Duration = Duration::from_secs(24 * 60 * 60);
+
+/// A `MeshConfig` as it is written.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct MeshConfigManifest {
+    /// `undermesh.io/v1alpha1`.
+    pub api_version: String,
+    /// `MeshConfig`.
+    pub kind: String,
+    /// Its name; it has no namespace.
+    pub metadata: ObjectMeta,
+    /// The settings.
+    #[serde(default)]
+    pub spec: MeshConfigSpec,
+}
+
+/// The settings, each with the default of [`MeshConfig`] where it is left out.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct MeshConfigSpec {
+    /// See [`MeshConfig::trust_domain`].
+    pub trust_domain: Option<String>,
+    /// See [`MeshConfig::mode`].
+    pub mode: Option<Mode>,
+    /// See [`MeshConfig::encrypt_same_node`].
+    pub encrypt_same_node: Option<bool>,
+    /// See [`MeshConfig::connect_timeout`]. Above 0, at most 24 h.
+    #[serde(default, deserialize_with = "duration")]
+    pub connect_timeout: Option<Duration>,
+    /// See [`MeshConfig::drain_timeout`]. At most 24 h; 0 ends connections at once.
+    #[serde(default, deserialize_with = "duration")]
+    pub drain_timeout: Option<Duration>,
+}
+
+impl MeshConfigSpec {
+    /// The settings in force.
+    pub fn settings(&self) -> Result<MeshConfig, Fault> {
+        let default = MeshConfig::default();
+        let trust_domain = match &self.trust_domain {
+            Some(text) => text
+                .parse()
+                .map_err(|error| Fault::new("spec.trustDomain", format!("{error}")))?,
+            None => default.trust_domain,
+        };
+        let connect_timeout = self.connect_timeout.unwrap_or(default.connect_timeout);
+        if connect_timeout.is_zero() {
+            return Err(Fault::new(
+                "spec.connectTimeout",
+                "0 lets no connection come about",
+            ));
+        }
+        Ok(MeshConfig {
+            trust_domain,
+            mode: self.mode.unwrap_or(default.mode),
+            encrypt_same_node: self.encrypt_same_node.unwrap_or(default.encrypt_same_node),
+            connect_timeout,
+            drain_timeout: self.drain_timeout.unwrap_or(default.drain_timeout),
+        })
+    }
+}
+
+fn duration<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Duration>, D::Error> {
+    let Some(text) = Option::<String>::deserialize(deserializer)? else {
+        return Ok(None);
+    };
+    match parse_duration(&text) {
+        Some(duration) if duration <= TIMEOUT_MAX => Ok(Some(duration)),
+        Some(_) => Err(serde::de::Error::custom(format!(
+            "{text:?} is longer than 24h"
+        ))),
+        None => Err(serde::de::Error::custom(format!(
+            "{text:?} is not a duration: numbers with units h, m, s, ms, like \"1s\" or \"1m30s\""
+        ))),
+    }
+}
+
+/// A duration as in Gateway API (GEP-2257): one to four times a number of one to five digits and
+/// its unit, `h`, `m`, `s` or `ms`.
+#[must_use]
+pub fn parse_duration(text: &str) -> Option<Duration> {
+    let mut rest = text;
+    let mut total = Duration::ZERO;
+    for _ in 0..4 {
+        let digits = rest.bytes().take_while(u8::is_ascii_digit).count();
+        if digits == 0 || digits > 5 {
+            return None;
+        }
+        let number: u64 = rest[..digits].parse().ok()?;
+        let unit = rest[digits..]
+            .bytes()
+            .take_while(u8::is_ascii_alphabetic)
+            .count();
+        total += match &rest[digits..digits + unit] {
+            "h" => Duration::from_secs(number * 3600),
+            "m" => Duration::from_secs(number * 60),
+            "s" => Duration::from_secs(number),
+            "ms" => Duration::from_millis(number),
+            _ => return None,
+        };
+        rest = &rest[digits + unit..];
+        if rest.is_empty() {
+            return Some(total);
+        }
+    }
+    None
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn settings(spec: serde_json::Value) -> Result<MeshConfig, String> {
+        let spec: MeshConfigSpec = serde_json::from_value(spec).map_err(|e| e.to_string())?;
+        spec.settings()
+            .map_err(|fault| format!("{}: {}", fault.field, fault.reason))
+    }
+
+    #[test]
+    fn durations_are_those_of_gateway_api() {
+        for (text, expected) in [
+            ("0s", Duration::ZERO),
+            ("500ms", Duration::from_millis(500)),
+            ("1s", Duration::from_secs(1)),
+            ("1m30s", Duration::from_secs(90)),
+            ("1h1m1s1ms", Duration::from_millis(3_661_001)),
+        ] {
+            assert_eq!(parse_duration(text), Some(expected), "{text}");
+        }
+        for text in [
+            "",
+            "1",
+            "s",
+            "1.5s",
+            "-1s",
+            "1 s",
+            "1d",
+            "123456s",
+            "1s1s1s1s1s",
+            "1s ",
+        ] {
+            assert_eq!(parse_duration(text), None, "{text:?}");
+        }
+    }
+
+    #[test]
+    fn what_is_left_out_has_its_default() {
+        assert_eq!(settings(serde_json::json!({})), Ok(MeshConfig::default()));
+    }
+
+    #[test]
+    fn every_setting_is_taken() {
+        let spec = serde_json::json!({
+            "trustDomain": "mesh.example", "mode": "Strict", "encryptSameNode": true,
+            "connectTimeout": "500ms", "drainTimeout": "2m"
+        });
+        let expected = MeshConfig {
+            trust_domain: "mesh.example".parse().unwrap(),
+            mode: Mode::Strict,
+            encrypt_same_node: true,
+            connect_timeout: Duration::from_millis(500),
+            drain_timeout: Duration::from_secs(120),
+        };
+        assert_eq!(settings(spec), Ok(expected));
+    }
+
+    #[test]
+    fn a_wrong_setting_is_refused_with_its_reason() {
+        for (spec, reason) in [
+            (
+                serde_json::json!({"trustDomain": "Mesh"}),
+                "spec.trustDomain: \"Mesh\" is not a trust domain",
+            ),
+            (
+                serde_json::json!({"mode": "off"}),
+                "\"off\" is not a mode: Strict or Permissive",
+            ),
+            (
+                serde_json::json!({"connectTimeout": "0s"}),
+                "spec.connectTimeout: 0 lets no connection come about",
+            ),
+            (
+                serde_json::json!({"drainTimeout": "25h"}),
+                "\"25h\" is longer than 24h",
+            ),
+            (
+                serde_json::json!({"drainTimeout": "soon"}),
+                "\"soon\" is not a duration",
+            ),
+            (
+                serde_json::json!({"conectTimeout": "1s"}),
+                "unknown field `conectTimeout`",
+            ),
+        ] {
+            let error = settings(spec).unwrap_err();
+            assert!(error.contains(reason), "{error} lacks {reason}");
+        }
+    }
+}

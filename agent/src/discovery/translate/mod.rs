@@ -1,0 +1,130 @@
+//! From Kubernetes objects to the model. Pure: no clock, no I/O, and no other object than the one
+//! at hand; what needs several of them is put together in [`super::Cluster`].
+//!
+//! Each kind becomes its *facts*: what the mesh needs to know of it, checked field by field.
+
+mod config;
+mod endpoints;
+mod membership;
+mod node;
+mod pod;
+mod service;
+
+pub use config::{MESH_CONFIG_API_VERSION, MeshConfigManifest, MeshConfigSpec, parse_duration};
+pub use endpoints::{EndpointFacts, SliceFacts, TargetRef, derive_endpoints, slice_endpoints};
+pub use membership::{MESH_LABEL, MODE_ANNOTATION, NamespaceFacts};
+pub use node::node;
+pub use pod::{CGROUP_ANNOTATION, NETNS_ANNOTATION, PodContext, PodFacts, PodState};
+pub use service::{PortFacts, ServiceFacts, TargetPort, Unready};
+
+use std::net::IpAddr;
+
+use super::object::Fault;
+
+/// Longest name of a Kubernetes object (RFC 1123 subdomain), in bytes.
+const NAME_MAX: usize = 253;
+
+/// A name that can stand in an identity, a path and a log line.
+pub(super) fn check_name(field: &str, name: &str) -> Result<(), Fault> {
+    let inside = |c: u8| c.is_ascii_lowercase() || c.is_ascii_digit() || c == b'-' || c == b'.';
+    let edge = |c: Option<&u8>| c.is_some_and(|c| c.is_ascii_lowercase() || c.is_ascii_digit());
+    let bytes = name.as_bytes();
+    if bytes.len() <= NAME_MAX
+        && bytes.iter().all(|&c| inside(c))
+        && edge(bytes.first())
+        && edge(bytes.last())
+    {
+        return Ok(());
+    }
+    Err(Fault::new(
+        field,
+        format!("{name:?} is not a name: 1 to {NAME_MAX} of a-z, 0-9, '-', '.'"),
+    ))
+}
+
+/// A port number of 1 to 65535.
+pub(super) fn check_port(field: impl Into<String>, number: i32) -> Result<u16, Fault> {
+    u16::try_from(number)
+        .ok()
+        .filter(|&port| port != 0)
+        .ok_or_else(|| Fault::new(field, format!("{number} is not a port: 1 to 65535")))
+}
+
+/// An address that a pod or a Service can have.
+pub(super) fn check_address(field: impl Into<String>, text: &str) -> Result<IpAddr, Fault> {
+    let field = field.into();
+    let Ok(address) = text.parse::<IpAddr>() else {
+        return Err(Fault::new(field, format!("{text:?} is not an IP address")));
+    };
+    if address.is_unspecified() || address.is_loopback() || address.is_multicast() {
+        return Err(Fault::new(
+            field,
+            format!("{address} is no address of a pod or a Service"),
+        ));
+    }
+    if address.to_canonical() != address {
+        return Err(Fault::new(
+            field,
+            format!(
+                "{address} is IPv4 in IPv6: write {}",
+                address.to_canonical()
+            ),
+        ));
+    }
+    Ok(address)
+}
+
+/// Whether a port with this `protocol` is TCP: the API's default is.
+pub(super) fn is_tcp(protocol: Option<&str>) -> bool {
+    protocol.is_none_or(|protocol| protocol == "TCP")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_port_outside_of_1_to_65535_is_refused_with_its_field() {
+        assert_eq!(check_port("x", 1), Ok(1));
+        assert_eq!(check_port("x", 65535), Ok(65535));
+        for number in [0, -1, 65536] {
+            let fault = check_port("spec.ports[0].port", number).unwrap_err();
+            assert_eq!(fault.field, "spec.ports[0].port");
+            assert_eq!(fault.reason, format!("{number} is not a port: 1 to 65535"));
+        }
+    }
+
+    #[test]
+    fn an_address_that_nobody_can_have_is_refused() {
+        assert!(check_address("x", "10.0.0.1").is_ok());
+        assert!(check_address("x", "fd00::1").is_ok());
+        for text in [
+            "",
+            "10.0.0",
+            "10.0.0.1/8",
+            "127.0.0.1",
+            "::1",
+            "0.0.0.0",
+            "224.0.0.1",
+        ] {
+            assert!(check_address("x", text).is_err(), "{text:?} passed");
+        }
+        let mapped = check_address("x", "::ffff:10.0.0.1").unwrap_err();
+        assert_eq!(
+            mapped.reason,
+            "::ffff:10.0.0.1 is IPv4 in IPv6: write 10.0.0.1"
+        );
+    }
+
+    #[test]
+    fn a_name_that_could_forge_a_path_or_a_log_line_is_refused() {
+        assert!(check_name("x", "web-1.front").is_ok());
+        for name in ["", "Web", "web/1", "web\n", "-web", "web.", "we b"] {
+            assert!(
+                check_name("metadata.name", name).is_err(),
+                "{name:?} passed"
+            );
+        }
+        assert!(check_name("x", &"a".repeat(254)).is_err());
+    }
+}

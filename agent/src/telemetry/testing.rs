@@ -1,0 +1,56 @@
+//! Connections and exposition lines for tests.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use super::{ConnectionInfo, Direction, Party, Security};
+use crate::mesh::{Membership, Mode, ObjectName, SpiffeId, TrustDomain, Workload, WorkloadUid};
+
+pub(crate) fn workload(name: &str, address: &str) -> Arc<Workload> {
+    Arc::new(Workload {
+        uid: WorkloadUid(format!("uid-{name}").into()),
+        name: ObjectName::new("shop", &format!("{name}-0")),
+        workload: name.into(),
+        version: Some("v1".into()),
+        node: "node-a".into(),
+        identity: SpiffeId::new(TrustDomain::default(), "shop", name).unwrap(),
+        addresses: vec![address.parse().unwrap()],
+        labels: Arc::default(),
+        named_ports: BTreeMap::new(),
+        membership: Membership::Meshed(Mode::Strict),
+        ready: true,
+        sandbox: None,
+    })
+}
+
+/// From the workload `source` to `cart`, over its service.
+pub(crate) fn info_from(source: &str) -> ConnectionInfo {
+    let address: SocketAddr = "10.0.1.2:40000".parse().unwrap();
+    let endpoint: SocketAddr = "10.0.2.3:8080".parse().unwrap();
+    ConnectionInfo {
+        direction: Direction::Outbound,
+        source: Party::of(&workload(source, "10.0.1.2"), address),
+        destination: Party::of(&workload("cart", "10.0.2.3"), endpoint),
+        service: Some(ObjectName::new("shop", "cart")),
+        security: Security::MutualTls,
+        original_destination: "10.96.0.10:80".parse().unwrap(),
+    }
+}
+
+pub(crate) fn info() -> ConnectionInfo {
+    info_from("web")
+}
+
+/// Sum of the samples of this name of which the labels hold all these parts.
+pub(crate) fn total(exposition: &str, name: &str, parts: &[&str]) -> u64 {
+    exposition
+        .lines()
+        .filter(|line| {
+            line.strip_prefix(name)
+                .is_some_and(|rest| rest.starts_with(['{', ' ']))
+        })
+        .filter(|line| parts.iter().all(|part| line.contains(part)))
+        .map(|line| line.rsplit(' ').next().unwrap().parse::<f64>().unwrap() as u64)
+        .sum()
+}

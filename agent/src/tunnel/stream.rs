@@ -1,0 +1,238 @@
+//! The two halves of a connection inside a tunnel.
+
+use std::future::poll_fn;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use bytes::Bytes;
+use h2::{Reason, RecvStream, SendStream};
+use parking_lot::Mutex;
+
+use super::error::{ResetReason, StreamReset};
+use super::limits::MAX_FRAME;
+
+/// A sender that got no capacity for this long counts as stalled: its reader does not read.
+const STALLED_AFTER: Duration = Duration::from_millis(250);
+
+/// The half that carries bytes to the peer.
+///
+/// Dropped before [`TunnelSend::finish`], it resets the whole stream, so that no end looks
+/// orderly that was not.
+pub struct TunnelSend {
+    stream: Arc<Stream>,
+    ended: bool,
+}
+
+/// The half that brings bytes from the peer.
+///
+/// Dropped before its end was seen, it resets the whole stream.
+pub struct TunnelReceive {
+    stream: Arc<Stream>,
+    receive: RecvStream,
+    ended: bool,
+}
+
+/// Counts the senders of one tunnel that wait for a reader.
+pub(super) type Stalled = Arc<AtomicUsize>;
+
+/// What both halves need: only the sending half of h2 can reset a stream.
+struct Stream {
+    send: Mutex<SendStream<Bytes>>,
+    stalled: Stalled,
+    /// Released when both halves are gone.
+    _place: Box<dyn Send + Sync>,
+}
+
+impl Stream {
+    fn reset(&self, reason: Reason) {
+        self.send.lock().send_reset(reason);
+    }
+}
+
+/// Makes the halves of a stream; `place` is dropped with the last of them.
+pub(super) fn halves(
+    send: SendStream<Bytes>,
+    receive: RecvStream,
+    stalled: Stalled,
+    place: Box<dyn Send + Sync>,
+) -> (TunnelSend, TunnelReceive) {
+    let stream = Arc::new(Stream {
+        send: Mutex::new(send),
+        stalled,
+        _place: place,
+    });
+    (
+        TunnelSend {
+            stream: stream.clone(),
+            ended: false,
+        },
+        TunnelReceive {
+            stream,
+            receive,
+            ended: false,
+        },
+    )
+}
+
+impl TunnelSend {
+    /// Hands the bytes to the tunnel, waiting for the peer to make room. It takes frames of at
+    /// most 64 KiB and keeps no more than 256 KiB of a stream that the socket did not take yet;
+    /// a small write goes out at once.
+    ///
+    /// Cancelled, it may have handed over a part: then only a reset is a truthful end.
+    pub async fn send(&mut self, mut data: Bytes) -> Result<(), StreamReset> {
+        while !data.is_empty() {
+            let wanted = data.len().min(MAX_FRAME as usize);
+            let room = self.room(wanted).await?;
+            let chunk = data.split_to(room.min(wanted));
+            let sent = self.stream.send.lock().send_data(chunk, false);
+            sent.map_err(|error| self.why_closed(error))?;
+        }
+        Ok(())
+    }
+
+    /// Ends this direction in order (END_STREAM), after all that was sent. The other direction
+    /// goes on.
+    pub fn finish(&mut self) -> Result<(), StreamReset> {
+        if self.ended {
+            return Ok(());
+        }
+        self.ended = true;
+        let sent = self.stream.send.lock().send_data(Bytes::new(), true);
+        sent.map_err(|error| self.why_closed(error))
+    }
+
+    /// Ends both directions out of order; what was not sent yet is dropped. After `finish` it
+    /// still does so, unless all was sent and received.
+    pub fn reset(&mut self, reason: ResetReason) {
+        self.ended = true;
+        self.stream.reset(reason.into());
+    }
+
+    /// Waits until the peer, or the loss of the tunnel, ends the stream out of order: for those
+    /// who have nothing to send and have seen the end of the other direction. Never returns if
+    /// the stream ends in order.
+    pub async fn broken(&mut self) -> StreamReset {
+        match poll_fn(|cx| self.stream.send.lock().poll_reset(cx)).await {
+            Ok(reason) => StreamReset::from(h2::Error::from(reason)).by_peer(),
+            Err(error) => error.into(),
+        }
+    }
+
+    async fn room(&mut self, wanted: usize) -> Result<usize, StreamReset> {
+        {
+            let mut send = self.stream.send.lock();
+            send.reserve_capacity(wanted);
+            if send.capacity() > 0 {
+                return Ok(send.capacity());
+            }
+        }
+        let stalled = &self.stream.stalled;
+        let room = poll_fn(|cx| self.poll_room(cx));
+        tokio::pin!(room);
+        match tokio::time::timeout(STALLED_AFTER, &mut room).await {
+            Ok(room) => room,
+            Err(_) => {
+                let _counted = Counted::new(stalled);
+                room.await
+            }
+        }
+    }
+
+    fn poll_room(&self, cx: &mut Context<'_>) -> Poll<Result<usize, StreamReset>> {
+        let mut send = self.stream.send.lock();
+        // poll_capacity tells of increases only: what is there already must be asked for. A
+        // closed stream may still show capacity; then send_data says why.
+        if send.capacity() > 0 {
+            return Poll::Ready(Ok(send.capacity()));
+        }
+        match send.poll_capacity(cx) {
+            Poll::Pending => Poll::Pending,
+            Poll::Ready(Some(Ok(room))) => Poll::Ready(Ok(room)),
+            Poll::Ready(Some(Err(error))) => Poll::Ready(Err(error.into())),
+            Poll::Ready(None) => Poll::Ready(Err(match send.poll_reset(cx) {
+                Poll::Ready(Ok(reason)) => StreamReset::from(h2::Error::from(reason)).by_peer(),
+                Poll::Ready(Err(error)) => error.into(),
+                Poll::Pending => StreamReset::local("already ended"),
+            })),
+        }
+    }
+
+    /// h2 answers a write to a closed stream with "inactive stream": the cause is kept elsewhere.
+    fn why_closed(&self, error: h2::Error) -> StreamReset {
+        let mut cx = Context::from_waker(std::task::Waker::noop());
+        match self.stream.send.lock().poll_reset(&mut cx) {
+            Poll::Ready(Ok(reason)) => StreamReset::from(h2::Error::from(reason)).by_peer(),
+            Poll::Ready(Err(cause)) => cause.into(),
+            Poll::Pending => error.into(),
+        }
+    }
+}
+
+impl Drop for TunnelSend {
+    fn drop(&mut self) {
+        if !self.ended {
+            self.stream.reset(ResetReason::Connection.into());
+        }
+    }
+}
+
+impl TunnelReceive {
+    /// The next bytes; `None` is the peer's orderly end and nothing else. Safe to cancel.
+    ///
+    /// The peer may send on only after [`TunnelReceive::release`].
+    pub async fn data(&mut self) -> Option<Result<Bytes, StreamReset>> {
+        while !self.ended {
+            let data = match self.receive.data().await {
+                Some(Ok(data)) => data,
+                Some(Err(error)) => return Some(Err(error.into())),
+                None => {
+                    self.ended = true;
+                    return None;
+                }
+            };
+            // Noted now: the loss of the tunnel after END_STREAM takes nothing from this stream.
+            self.ended = self.receive.is_end_stream();
+            if !data.is_empty() {
+                return Some(Ok(data));
+            }
+        }
+        None
+    }
+
+    /// Gives the peer back room for bytes that were written on. More than was received is
+    /// ignored.
+    pub fn release(&mut self, bytes: usize) {
+        let flow = self.receive.flow_control();
+        let bytes = bytes.min(flow.used_capacity());
+        if let Err(error) = flow.release_capacity(bytes) {
+            tracing::debug!(%error, bytes, "cannot release receive capacity");
+        }
+    }
+}
+
+impl Drop for TunnelReceive {
+    fn drop(&mut self) {
+        // The end may lie there unread, with nothing before it.
+        if !self.ended && !self.receive.is_end_stream() {
+            self.stream.reset(ResetReason::Connection.into());
+        }
+    }
+}
+
+struct Counted<'a>(&'a AtomicUsize);
+
+impl<'a> Counted<'a> {
+    fn new(counter: &'a AtomicUsize) -> Self {
+        counter.fetch_add(1, Ordering::Relaxed);
+        Self(counter)
+    }
+}
+
+impl Drop for Counted<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}

@@ -1,0 +1,7 @@
+//! The kernel programs against the real kernel. These tests need root, and fail without it.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod arrival;
+mod capture;
+mod fixture;
+mod pins;

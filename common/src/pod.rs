@@ -1,0 +1,164 @@
+//! What the kernel knows about an enrolled pod, and about the agent's own sockets.
+
+use crate::{Address, Family};
+
+/// What happens to traffic that the mesh cannot secure (design: failure modes).
+#[repr(u32)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Mode {
+    /// It passes, and is counted.
+    Permissive = 0,
+    /// It is refused, and counted.
+    Strict = 1,
+}
+
+/// Value of the pod map; its key is the cookie of the pod's network namespace.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Pod {
+    /// IPv4 address, [`Address::NONE`] if it has none.
+    pub v4: Address,
+    /// IPv6 address, [`Address::NONE`] if it has none.
+    pub v6: Address,
+    /// [`Mode`] as number; anything but 0 is strict.
+    pub mode: u32,
+    /// Always 0.
+    pub reserved: u32,
+}
+
+impl Pod {
+    /// A pod with these addresses.
+    #[must_use]
+    pub const fn new(v4: Address, v6: Address, mode: Mode) -> Self {
+        Self {
+            v4,
+            v6,
+            mode: mode as u32,
+            reserved: 0,
+        }
+    }
+
+    /// How it treats what the mesh cannot secure.
+    #[inline(always)]
+    #[must_use]
+    pub const fn mode(&self) -> Mode {
+        if self.mode == Mode::Permissive as u32 {
+            Mode::Permissive
+        } else {
+            Mode::Strict
+        }
+    }
+
+    /// Whether the address is one of the pod's.
+    #[inline(always)]
+    #[must_use]
+    pub const fn has(&self, address: &Address) -> bool {
+        self.v4.is(address) || self.v6.is(address)
+    }
+
+    /// Whether the address is one of the pod's, or loopback.
+    #[inline(always)]
+    #[must_use]
+    pub const fn owns(&self, address: &Address) -> bool {
+        self.has(address) || address.is_loopback()
+    }
+
+    /// Whether the pod has an address of this family: without one it has no route over lo either.
+    #[inline(always)]
+    #[must_use]
+    pub const fn speaks(&self, family: Family) -> bool {
+        match family {
+            Family::V4 => !self.v4.is(&Address::NONE),
+            Family::V6 => !self.v6.is(&Address::NONE),
+        }
+    }
+}
+
+/// What a pod's native connections (opened by it, not captured, not to itself) carried in all, when
+/// they are closed. Value of a per-CPU map with the pod map's key.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct NativeTraffic {
+    /// Connections that were closed, also those that never stood.
+    pub connections: u64,
+    /// Bytes that the peers acknowledged; as in the kernel's own counter, a FIN is one.
+    pub sent_bytes: u64,
+    /// Bytes that the peers sent; a FIN is one here too.
+    pub received_bytes: u64,
+    /// Segments that were sent again, SYNs too.
+    pub retransmits: u64,
+    /// Sum of the connections' last smoothed round-trip times, in microseconds: divide by
+    /// `connections`.
+    pub rtt_sum: u64,
+}
+
+/// Constants of one `sk_lookup` instance: that hook sees no cookie of its network namespace.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PodConstants {
+    /// Cookie of the pod's network namespace.
+    pub netns_cookie: u64,
+    /// The pod.
+    pub pod: Pod,
+}
+
+/// Why the agent connects: value of the intent map, whose key is the socket's cookie. A process
+/// cannot choose its sockets' cookies, so this cannot be forged as a mark can.
+#[repr(u32)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Intent {
+    /// The agent's own upstream socket: never captured.
+    Own = 1,
+    /// Own, and its tuple is admitted at the destination pod from before its SYN until it is closed.
+    Admitted = 2,
+}
+
+#[cfg(feature = "user")]
+mod plain {
+    #![allow(unsafe_code)]
+    use super::{NativeTraffic, Pod, PodConstants};
+
+    // SAFETY: repr(C), integers only, no padding (see the test of sizes in `layout`).
+    unsafe impl aya::Pod for Pod {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for PodConstants {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for NativeTraffic {}
+}
+
+#[cfg(test)]
+mod tests {
+    use core::net::IpAddr;
+
+    use super::*;
+
+    fn address(text: &str) -> Address {
+        text.parse::<IpAddr>().unwrap().into()
+    }
+
+    #[test]
+    fn an_unknown_mode_is_strict() {
+        let mut pod = Pod::new(Address::NONE, Address::NONE, Mode::Permissive);
+        assert_eq!(pod.mode(), Mode::Permissive);
+        pod.mode = 99;
+        assert_eq!(pod.mode(), Mode::Strict);
+    }
+
+    #[test]
+    fn a_pod_owns_its_addresses_and_loopback() {
+        let pod = Pod::new(address("10.0.0.2"), address("fd00::2"), Mode::Strict);
+        for own in ["10.0.0.2", "fd00::2", "127.0.0.53", "::1"] {
+            assert!(pod.owns(&address(own)), "{own}");
+        }
+        for foreign in ["10.0.0.3", "fd00::3", "169.254.0.1"] {
+            assert!(!pod.owns(&address(foreign)), "{foreign}");
+        }
+    }
+
+    #[test]
+    fn a_pod_speaks_the_families_it_has_addresses_of() {
+        let pod = Pod::new(address("10.0.0.2"), Address::NONE, Mode::Strict);
+        assert!(pod.speaks(Family::V4));
+        assert!(!pod.speaks(Family::V6));
+    }
+}

@@ -1,0 +1,112 @@
+//! sk_lookup: where a SYN that arrives in an enrolled pod goes. The rules are in
+//! `undermesh_common::Arrival`; this reads the packet and carries the answer out.
+
+use aya_ebpf::{
+    bindings::{BPF_SK_LOOKUP_F_NO_REUSEPORT, sk_action},
+    macros::sk_lookup,
+    programs::SkLookupContext,
+};
+use undermesh_common::{
+    Arrival, IPPROTO_TCP, LOOPBACK_INTERFACE, ListenerKey, ListenerKind, PodConstants, Route,
+    Tuple, Verdict,
+};
+
+use crate::{
+    context,
+    maps::{ADMITTED, CONSTANTS, LISTENERS, count},
+};
+
+/// One instance per pod.
+#[sk_lookup]
+pub fn undermesh_lookup(ctx: SkLookupContext) -> u32 {
+    // UDP comes here too; a drop would break name resolution.
+    // SAFETY: the kernel's context, valid while the program runs.
+    let protocol = unsafe { (&raw const (*ctx.lookup).protocol).read_volatile() };
+    if protocol != IPPROTO_TCP {
+        return sk_action::SK_PASS;
+    }
+    let Some(constants) = CONSTANTS.get(0) else {
+        return sk_action::SK_PASS;
+    };
+    let (arrival, remote_port) = arrival(&ctx);
+    let route = arrival.route(&constants.pod, || {
+        is_admitted(&arrival, remote_port, constants.netns_cookie)
+    });
+    let route = match route {
+        Route::Listener(kind) => match assign(&ctx, &arrival, constants, kind) {
+            Ok(verdict) => Route::Pass(verdict),
+            Err(missing) => missing,
+        },
+        decided => decided,
+    };
+    match route {
+        Route::Refuse(verdict) => {
+            count(verdict);
+            sk_action::SK_DROP
+        }
+        Route::Pass(verdict) => {
+            count(verdict);
+            sk_action::SK_PASS
+        }
+        Route::Listener(_) => sk_action::SK_PASS,
+    }
+}
+
+/// Gives the packet to a listener, or says what happens without one.
+#[inline(always)]
+fn assign(
+    ctx: &SkLookupContext,
+    arrival: &Arrival,
+    constants: &PodConstants,
+    kind: ListenerKind,
+) -> Result<Verdict, Route> {
+    let key = ListenerKey::new(constants.netns_cookie, arrival.local.family(), kind);
+    match LISTENERS.redirect_sk_lookup(ctx, key, u64::from(BPF_SK_LOOKUP_F_NO_REUSEPORT)) {
+        Ok(()) => Ok(match kind {
+            ListenerKind::Outbound => Verdict::LookupOutbound,
+            ListenerKind::Inbound => Verdict::LookupInbound,
+            ListenerKind::Hbone => Verdict::LookupHbone,
+        }),
+        Err(_) => Err(Arrival::without_listener(&constants.pod, kind)),
+    }
+}
+
+#[inline(always)]
+fn is_admitted(arrival: &Arrival, remote_port: u16, netns_cookie: u64) -> bool {
+    let tuple = Tuple {
+        source: arrival.remote,
+        destination: arrival.local,
+        source_port: remote_port,
+        destination_port: arrival.local_port,
+    };
+    // SAFETY: read at once; entries are never changed in place.
+    unsafe { ADMITTED.get(tuple) }
+        .is_some_and(|admission| admission.covers(netns_cookie, arrival.over_loopback))
+}
+
+/// The packet and its source port. `local_port` is in host order, `remote_port` in network order.
+#[inline(always)]
+fn arrival(ctx: &SkLookupContext) -> (Arrival, u16) {
+    let lookup = ctx.lookup;
+    // SAFETY: the kernel's context, valid while the program runs.
+    unsafe {
+        let family = (&raw const (*lookup).family).read_volatile();
+        let arrival = Arrival {
+            local: context::address(
+                family,
+                &raw const (*lookup).local_ip4,
+                &raw const (*lookup).local_ip6,
+            ),
+            remote: context::address(
+                family,
+                &raw const (*lookup).remote_ip4,
+                &raw const (*lookup).remote_ip6,
+            ),
+            local_port: (&raw const (*lookup).local_port).read_volatile() as u16,
+            over_loopback: (&raw const (*lookup).ingress_ifindex).read_volatile()
+                == LOOPBACK_INTERFACE,
+        };
+        let remote_port = u16::from_be((&raw const (*lookup).remote_port).read_volatile());
+        (arrival, remote_port)
+    }
+}

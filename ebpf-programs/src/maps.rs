@@ -1,0 +1,89 @@
+//! The maps, all but [`CONSTANTS`] pinned and shared by every program.
+//!
+//! Every one is bounded, none is allocated before it is used, and only the agent fills the ones
+//! that a pod's traffic could otherwise exhaust.
+
+use aya_ebpf::{
+    bindings::{BPF_F_NO_PREALLOC, BPF_F_RDONLY_PROG},
+    btf_maps::SkStorage,
+    helpers::{bpf_map_lookup_elem, bpf_sk_release},
+    macros::{btf_map, map},
+    maps::{Array, HashMap, PerCpuArray, PerCpuHashMap, SockHash},
+};
+use undermesh_common::{
+    Admission, ListenerKey, NativeTraffic, Pod, PodConstants, Target, Tuple, Verdict, bounds,
+};
+
+/// Enrolled pods by the cookie of their network namespace.
+#[map]
+pub static PODS: HashMap<u64, Pod> = HashMap::with_max_entries(bounds::PODS, BPF_F_NO_PREALLOC);
+
+/// Destinations of the mesh.
+#[map]
+pub static TARGETS: HashMap<Target, u32> =
+    HashMap::with_max_entries(bounds::TARGETS, BPF_F_NO_PREALLOC);
+
+/// The agent's sockets that are about to connect, by cookie; the value is an `Intent`.
+#[map]
+pub static INTENTS: HashMap<u64, u32> =
+    HashMap::with_max_entries(bounds::INTENTS, BPF_F_NO_PREALLOC);
+
+/// Connections that pass to the app.
+#[map]
+pub static ADMITTED: HashMap<Tuple, Admission> =
+    HashMap::with_max_entries(bounds::ADMITTED, BPF_F_NO_PREALLOC);
+
+/// The agent's listeners. An entry vanishes with its socket.
+#[map]
+pub static LISTENERS: SockHash<ListenerKey> = SockHash::with_max_entries(bounds::LISTENERS, 0);
+
+/// One counter per verdict and CPU.
+#[map]
+pub static VERDICTS: PerCpuArray<u64> = PerCpuArray::with_max_entries(Verdict::COUNT, 0);
+
+/// Native traffic of enrolled pods; the agent makes and removes the entries.
+#[map]
+pub static NATIVE: PerCpuHashMap<u64, NativeTraffic> =
+    PerCpuHashMap::with_max_entries(bounds::PODS, BPF_F_NO_PREALLOC);
+
+/// The note on a captured socket, by which its mark is set again before the SYN is routed.
+#[btf_map]
+pub static NOTES: SkStorage<u32> = SkStorage::new();
+
+/// The pod of one `sk_lookup` instance; a map of its own for each.
+#[map]
+pub static CONSTANTS: Array<PodConstants> = Array::with_max_entries(1, BPF_F_RDONLY_PROG);
+
+/// Adds one to the verdict's counter.
+#[inline(always)]
+pub fn count(verdict: Verdict) {
+    if let Some(counter) = VERDICTS.get_ptr_mut(verdict as u32) {
+        // SAFETY: the slot of this CPU, which no other program writes before this one returns;
+        // aligned, and never freed.
+        unsafe { *counter += 1 }
+    }
+}
+
+/// Whether the agent has this listener open at this moment.
+#[inline(always)]
+pub fn listens(key: &ListenerKey) -> bool {
+    // SAFETY: map and key are valid for the call; a socket that is found is released at once.
+    unsafe {
+        let socket = bpf_map_lookup_elem(
+            (&raw const LISTENERS).cast_mut().cast(),
+            core::ptr::from_ref(key).cast(),
+        );
+        if socket.is_null() {
+            return false;
+        }
+        bpf_sk_release(socket);
+        true
+    }
+}
+
+/// The agent's intent with a socket, if it is one of the agent's.
+#[inline(always)]
+pub fn intent(socket_cookie: u64) -> Option<u32> {
+    // SAFETY: read at once; entries are never changed in place.
+    unsafe { INTENTS.get(socket_cookie) }.copied()
+}

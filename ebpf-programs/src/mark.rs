@@ -1,0 +1,114 @@
+//! The capture bit in a socket's mark, and the note in its storage that remembers it.
+
+use aya_ebpf::{
+    bindings::{BPF_SK_STORAGE_GET_F_CREATE, SO_MARK, SOL_SOCKET, bpf_sock},
+    cty::{c_int, c_void},
+    helpers::{bpf_getsockopt, bpf_setsockopt, bpf_sk_storage_delete, bpf_sk_storage_get},
+};
+use undermesh_common::CAPTURE_MARK;
+
+use crate::maps::NOTES;
+
+/// The kernel refused.
+pub struct Refused;
+
+const MARK_SIZE: c_int = size_of::<u32>() as c_int;
+
+/// Sets or clears the bit and leaves all others as they are. `ctx` is that of the hook.
+#[inline(always)]
+pub fn set_bit(ctx: *mut c_void, on: bool) -> Result<Change, Refused> {
+    let mut mark = 0_u32;
+    // SAFETY: the helper writes the four bytes of `mark`.
+    let read = unsafe {
+        bpf_getsockopt(
+            ctx,
+            SOL_SOCKET as c_int,
+            SO_MARK as c_int,
+            (&raw mut mark).cast(),
+            MARK_SIZE,
+        )
+    };
+    if read != 0 {
+        return Err(Refused);
+    }
+    let mut wanted = if on {
+        mark | CAPTURE_MARK
+    } else {
+        mark & !CAPTURE_MARK
+    };
+    if wanted == mark {
+        return Ok(Change::None);
+    }
+    // SAFETY: the helper reads the four bytes of `wanted`.
+    let written = unsafe {
+        bpf_setsockopt(
+            ctx,
+            SOL_SOCKET as c_int,
+            SO_MARK as c_int,
+            (&raw mut wanted).cast(),
+            MARK_SIZE,
+        )
+    };
+    if written == 0 {
+        Ok(Change::Written)
+    } else {
+        Err(Refused)
+    }
+}
+
+/// Whether the mark had to be written.
+#[derive(PartialEq, Eq)]
+pub enum Change {
+    /// It was right already.
+    None,
+    /// It was not.
+    Written,
+}
+
+/// Notes on the socket that it is captured.
+#[inline(always)]
+pub fn note(sk: *mut bpf_sock) -> Result<(), Refused> {
+    if sk.is_null() {
+        return Err(Refused);
+    }
+    let mut captured = 1_u32;
+    // SAFETY: `sk` is the hook's own socket and not null; the helper copies the value.
+    let stored = unsafe {
+        bpf_sk_storage_get(
+            (&raw const NOTES).cast_mut().cast(),
+            sk.cast(),
+            (&raw mut captured).cast(),
+            u64::from(BPF_SK_STORAGE_GET_F_CREATE),
+        )
+    };
+    if stored.is_null() {
+        Err(Refused)
+    } else {
+        Ok(())
+    }
+}
+
+/// Whether the socket has the note.
+#[inline(always)]
+pub fn is_noted(sk: *mut bpf_sock) -> bool {
+    // SAFETY: `sk` is the hook's own socket, checked by the caller not to be null; without the
+    // flag the helper only reads.
+    let stored = unsafe {
+        bpf_sk_storage_get(
+            (&raw const NOTES).cast_mut().cast(),
+            sk.cast(),
+            core::ptr::null_mut(),
+            0,
+        )
+    };
+    !stored.is_null()
+}
+
+/// Takes the note off.
+#[inline(always)]
+pub fn forget(sk: *mut bpf_sock) {
+    if !sk.is_null() {
+        // SAFETY: `sk` is the hook's own socket and not null. That there was no note is no error.
+        let _ = unsafe { bpf_sk_storage_delete((&raw const NOTES).cast_mut().cast(), sk.cast()) };
+    }
+}

@@ -1,0 +1,59 @@
+//! The release programs that labs run.
+
+use std::env;
+use std::path::PathBuf;
+use std::process::Command;
+
+use anyhow::Result;
+use undermesh_lab::{Binaries, interrupt};
+
+use crate::build;
+
+/// Builds agent and traffic program, and says where they are. Those in the directory that `UNDERMESH_BIN_DIR`
+/// names are taken as they are.
+pub fn build() -> Result<Binaries> {
+    if env::var_os("UNDERMESH_BIN_DIR").is_some() {
+        let built = Binaries::find()?;
+        println!(
+            "not building: UNDERMESH_BIN_DIR names {}",
+            built.agent.display()
+        );
+        return Ok(built);
+    }
+    build::run(&build::Options {
+        ebpf_only: false,
+        release: true,
+    })?;
+    interrupt::check()?;
+    build_traffic()
+}
+
+/// Builds the traffic program alone.
+pub fn build_traffic() -> Result<Binaries> {
+    build::execute(cargo().args([
+        "build",
+        "--release",
+        "--package",
+        "undermesh-lab",
+        "--bin",
+        "undermesh-traffic",
+    ]))?;
+    interrupt::check()?;
+    Ok(Binaries::in_dir(&dir()))
+}
+
+/// The directory of the programs.
+pub fn dir() -> PathBuf {
+    if let Some(dir) = env::var_os("UNDERMESH_BIN_DIR") {
+        return dir.into();
+    }
+    let target = env::var_os("CARGO_TARGET_DIR").map_or("target".into(), PathBuf::from);
+    build::workspace().join(target).join("release")
+}
+
+/// cargo, at the root of the workspace.
+pub fn cargo() -> Command {
+    let mut cargo = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    cargo.current_dir(build::workspace());
+    cargo
+}
