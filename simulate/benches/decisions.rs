@@ -237,7 +237,7 @@ fn memory() {
 
 criterion_group! {
     name = decisions;
-    config = Criterion::default().measurement_time(Duration::from_secs(2)).warm_up_time(Duration::from_millis(500)).sample_size(30);
+    config = Criterion::default().measurement_time(Duration::from_secs(2)).warm_up_time(Duration::from_millis(500)).sample_size(30).configure_from_args();
     targets = single, two_workers, limits
 }
 

@@ -46,19 +46,23 @@ impl<T> Member<T> {
 }
 
 /// One endpoint and what has been learned of it.
+///
+/// What a pick reads comes first and together: at 10,000 endpoints each cache line that a pick
+/// touches is a miss.
 #[derive(Debug)]
+#[repr(C)]
 pub struct Endpoint<T> {
-    target: T,
-    weight: AtomicU32,
+    pub(super) load: PeakEwma,
     in_flight: AtomicU32,
-    ejected: AtomicBool,
+    weight: AtomicU32,
     /// When an attempt last ended, or the first of those under way began.
     last_progress: AtomicU64,
     /// Slow start counts from here.
     warm_from: AtomicU64,
+    ejected: AtomicBool,
     /// Attempts that began before this moment are stragglers: no verdict.
     judged_from: AtomicU64,
-    pub(super) load: PeakEwma,
+    target: T,
     pub(super) health: Health,
 }
 

@@ -1,7 +1,6 @@
 //! The choice of one endpoint out of a set.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use rand::Rng;
 
@@ -49,6 +48,7 @@ enum Pass {
 #[derive(Debug)]
 pub(in super::super) struct Chooser {
     settings: BalanceSettings,
+    slow_start_nanos: u64,
     turn: AtomicU32,
     /// Attempts under way to all endpoints; kept only for bounded loads, as all workers write it.
     in_flight: AtomicU32,
@@ -57,6 +57,7 @@ pub(in super::super) struct Chooser {
 impl Chooser {
     pub(in super::super) fn new(settings: BalanceSettings) -> Self {
         Self {
+            slow_start_nanos: nanos(settings.slow_start),
             settings,
             turn: AtomicU32::new(0),
             in_flight: AtomicU32::new(0),
@@ -259,11 +260,13 @@ impl Chooser {
 
     /// How warm an endpoint is, from the configured minimum to 1.
     fn warmth<T: Target>(&self, endpoint: &Endpoint<T>, now: Timestamp) -> f64 {
-        let age = now.since(endpoint.warm_from());
-        if age >= self.settings.slow_start || self.settings.slow_start == Duration::ZERO {
+        let age = now
+            .as_nanos()
+            .saturating_sub(endpoint.warm_from().as_nanos());
+        if age >= self.slow_start_nanos {
             return 1.0;
         }
-        let grown = nanos(age) as f64 / nanos(self.settings.slow_start) as f64;
+        let grown = age as f64 / self.slow_start_nanos as f64;
         grown.max(self.settings.slow_start_minimum)
     }
 

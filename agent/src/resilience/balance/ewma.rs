@@ -99,8 +99,18 @@ fn faded(value: f32, fade: f32) -> f32 {
     (value.abs() * fade).max(value.abs().min(REST_NANOS))
 }
 
+/// e^(−elapsed / decay), without the function where a busy or an idle endpoint needs none.
 fn fade(ticks: u32) -> f32 {
-    (-(ticks as f32) / DECAY_TICKS).exp()
+    const SOON: f32 = 0.02;
+    const LATE: f32 = 20.0;
+    let elapsed = ticks as f32 / DECAY_TICKS;
+    if elapsed < SOON {
+        1.0 - elapsed
+    } else if elapsed > LATE {
+        0.0
+    } else {
+        (-elapsed).exp()
+    }
 }
 
 const fn tick(now: Timestamp) -> u32 {
