@@ -199,6 +199,44 @@ fn limits(criterion: &mut Criterion) {
     });
 }
 
+/// The fastest of many short batches: what a decision costs when nobody else has the core, which on
+/// a shared machine the mean does not show.
+fn fastest() {
+    const BATCH: u32 = 1_000;
+    const BATCHES: usize = 3_000;
+    let breaker = breaker();
+    let work: [(&str, Work); 2] = [("decision", decide), ("whole request", request)];
+    for count in [100, 10_000, 100_000] {
+        let destination = destination(count, Algorithm::PeakEwma);
+        for (name, work) in work {
+            let batches = |worker: u64| {
+                let mut now = Timestamp::ZERO + START;
+                let source = destination.source(SourceId(worker), now);
+                let mut rng = SmallRng::seed_from_u64(worker);
+                let mut times: Vec<Duration> = Vec::with_capacity(BATCHES);
+                for _ in 0..BATCHES {
+                    let start = Instant::now();
+                    for _ in 0..BATCH {
+                        work(&breaker, &source, &mut rng, tick(&mut now));
+                    }
+                    times.push(start.elapsed() / BATCH);
+                }
+                times.sort_unstable();
+                (times[0], times[BATCHES / 2])
+            };
+            let (best, median) = batches(1);
+            println!("{name}, {count} endpoints, one worker: fastest {best:?}, median {median:?}");
+            let (best, median) = std::thread::scope(|scope| {
+                let other = scope.spawn(|| batches(2));
+                let mine = batches(3);
+                let theirs = other.join().unwrap_or(mine);
+                (mine.0.max(theirs.0), mine.1.max(theirs.1))
+            });
+            println!("{name}, {count} endpoints, two workers: fastest {best:?}, median {median:?}");
+        }
+    }
+}
+
 /// Bytes of resident memory, by growth of the process.
 fn memory() {
     let resident = || {
@@ -243,6 +281,7 @@ criterion_group! {
 
 fn main() {
     memory();
+    fastest();
     decisions();
     Criterion::default().configure_from_args().final_summary();
 }
