@@ -7,6 +7,7 @@ mod demo;
 mod lab;
 mod programs;
 mod report;
+mod scenario;
 mod test;
 mod toolchain;
 
@@ -31,6 +32,8 @@ enum Command {
     Demo(demo::Options),
     /// Two simulated nodes to drive by hand.
     Lab(lab::Options),
+    /// What happens when something goes wrong, or somebody means it to.
+    Scenario(scenario::Options),
     /// Run every test: units, kernel programs, and end to end.
     Test(test::Options),
 }
@@ -49,6 +52,7 @@ fn run(command: &Command) -> Result<ExitCode> {
         Command::Build(options) => build::run(options).map(|()| ExitCode::SUCCESS),
         Command::Demo(options) => demo::run(options),
         Command::Lab(options) => lab::run(options),
+        Command::Scenario(options) => scenario::run(options),
         Command::Test(options) => test::run(options),
     }
 }
