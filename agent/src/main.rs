@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use anyhow::Context;
 use clap::{Args, Parser, Subcommand};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use tokio::runtime::Builder;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
@@ -91,6 +92,16 @@ fn main() -> ExitCode {
     }
 }
 
+/// The soft limit is low for programs that use select(2), which this one does not. Where it cannot be
+/// raised, the bounds that follow from it are lower.
+fn take_descriptors() {
+    let raised = getrlimit(Resource::RLIMIT_NOFILE)
+        .and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
+    if let Err(error) = raised {
+        tracing::warn!(%error, "the limit of open files stays as it is");
+    }
+}
+
 fn run(command: Command) -> anyhow::Result<()> {
     match command {
         Command::Agent {
@@ -99,6 +110,7 @@ fn run(command: Command) -> anyhow::Result<()> {
             log,
         } => {
             let logging = Logging::init(log.log_format)?;
+            take_descriptors();
             let runtime = Builder::new_multi_thread()
                 .worker_threads(workers.into())
                 .thread_name("worker")
