@@ -21,6 +21,8 @@ use super::kind::{Expected, Kind};
 const LIMIT: Duration = Duration::from_secs(10);
 /// Send the first bytes with the SYN.
 const MSG_FASTOPEN: i32 = 0x2000_0000;
+/// Longer than all other kinds take together.
+const LONGEST: Duration = Duration::from_secs(1800);
 /// What is said on each connection.
 const LINE: &[u8] = b"undermesh\n";
 /// A mark of the app's own; not the mesh's bit.
@@ -103,7 +105,7 @@ pub fn run(options: &ConnectOptions) -> io::Result<ConnectReport> {
             println!("made");
             let start = Instant::now();
             let there = || options.after.as_ref().is_none_or(|file| file.exists());
-            while !there() && start.elapsed() < LIMIT * 6 {
+            while !there() && start.elapsed() < LONGEST {
                 std::thread::sleep(Duration::from_millis(10));
             }
             for socket in sockets {

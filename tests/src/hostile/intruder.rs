@@ -312,6 +312,7 @@ fn hoard(options: &AttackOptions, report: &mut AttackReport) {
             Ok(answer)
         })());
     }
+    println!("held {}", open.len());
     std::thread::sleep(Duration::from_secs(options.seconds));
 }
 

@@ -17,6 +17,9 @@ use crate::{interrupt, machine, wait};
 const ECHO: u16 = 7000;
 const HBONE: u16 = 15008;
 const TRIES: u64 = 20;
+/// Two descriptors each: more than the 20,000 of a process here.
+const HOARD: u32 = 10_200;
+const HOLD: Duration = Duration::from_secs(120);
 const SETTLE: Duration = Duration::from_secs(10);
 /// The mesh's bit, which NET_RAW can forge.
 const MARK: u32 = 1 << 29;
@@ -66,7 +69,7 @@ pub struct Outcome {
     pub bystander_p99_ratio: f64,
 }
 
-/// Runs all attacks; floods in `rounds` turns.
+/// Runs all attacks; floods in `rounds` turns. With one, those that take a minute are left out.
 pub fn run(
     binaries: Option<Binaries>,
     rounds: usize,
@@ -118,6 +121,9 @@ pub fn run(
     }
     add(field.tunnel("tunnel_to_itself", "intruder", "intruder"))?;
     add(field.kernel_objects())?;
+    if rounds > 1 {
+        add(field.hoard())?;
+    }
     let (flood, ratio) = field.flood(rounds)?;
     add(Ok(flood))?;
     Ok(Outcome {
@@ -130,6 +136,7 @@ pub fn run(
 struct Field<'a> {
     lab: &'a Lab,
     program: String,
+    traffic: String,
     far: SocketAddr,
     _servers: Vec<Traffic<ServerReport>>,
 }
@@ -188,6 +195,7 @@ impl<'a> Field<'a> {
                 .with_file_name("undermesh-connects")
                 .display()
                 .to_string(),
+            traffic: program.display().to_string(),
             far: lab.service("far", 80)?,
             lab,
             _servers: servers,
@@ -444,6 +452,50 @@ print(got,met)";
             metric_delta: 0,
             log_reason,
         })
+    }
+
+    /// More connections than the agent has descriptors for, each with an entry in the kernel's map of admitted
+    /// connections. Success: connections of others that fail meanwhile.
+    fn hoard(&self) -> Result<AttackResult> {
+        let hold = |to: SocketAddr, count: u32| -> Result<Process> {
+            let more = ["--attempts", &count.to_string(), "--seconds", "600"];
+            let arguments = self.arguments("hoard", to, &more.map(str::to_owned));
+            let pod = if count == HOARD {
+                "intruder"
+            } else {
+                "outsider"
+            };
+            let mut process = self.lab.pod(pod)?.spawn("hoard", "setpriv", &arguments)?;
+            process.until("connections to be held", HOLD, |process| {
+                Ok(process.output().contains("held"))
+            })?;
+            Ok(process)
+        };
+        let bystanders = |to: SocketAddr| self.attack("bystander", "speak", to, &[]);
+        let attack = || {
+            let to = self.lab.pod("victim")?.v4(ECHO);
+            let hoard = hold(to, HOARD)?;
+            let mut made = bystanders(to)?;
+            let failed = made.attempts - made.succeeded;
+            made.met = format!("{} of {HOARD}, refused beyond", hoard.output().trim());
+            made.succeeded = failed;
+            Ok(made)
+        };
+        let control = || {
+            let plain = self.lab.pod("plain")?;
+            let serve = ["--nofile=64:64", &self.traffic, "serve", "--echo", "7100"];
+            let server = plain.spawn("small", "prlimit", &serve)?;
+            let to = plain.v4(7100);
+            wait::until_true("the small server", SETTLE, || {
+                Ok(self.attack("outsider", "speak", to, &[])?.succeeded > 0)
+            })?;
+            let hoard = hold(to, 100)?;
+            let made = bystanders(to)?;
+            drop((hoard, server));
+            Ok(made.attempts - made.succeeded)
+        };
+        let metric = (EVENTS, ("event", "pod_full"));
+        self.judged("fill_maps_and_descriptors", metric, attack, control)
     }
 
     /// SYNs at the listeners of one pod. Success: connections of others to that pod that fail meanwhile.
