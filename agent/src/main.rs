@@ -93,6 +93,16 @@ fn main() -> ExitCode {
     }
 }
 
+/// The soft limit is low for programs that use select(2), which this one does not. Where it cannot be
+/// raised, the bounds that follow from it are lower.
+fn take_descriptors() {
+    let raised = getrlimit(Resource::RLIMIT_NOFILE)
+        .and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
+    if let Err(error) = raised {
+        tracing::warn!(%error, "the limit of open files stays as it is");
+    }
+}
+
 fn run(command: Command) -> anyhow::Result<()> {
     match command {
         Command::Agent {
@@ -101,9 +111,7 @@ fn run(command: Command) -> anyhow::Result<()> {
             log,
         } => {
             let logging = Logging::init(log.log_format)?;
-            if let Err(error) = raise_descriptor_limit() {
-                tracing::warn!(%error, "cannot raise the limit of open files");
-            }
+            take_descriptors();
             let runtime = Builder::new_multi_thread()
                 .worker_threads(workers.into())
                 .thread_name("worker")
@@ -144,13 +152,6 @@ fn run(command: Command) -> anyhow::Result<()> {
             Ok(runtime.block_on(cli::run(command))?)
         }
     }
-}
-
-/// A connection takes two descriptors, and the usual soft limit of 1,024 is there for programs that
-/// use select(2).
-fn raise_descriptor_limit() -> nix::Result<()> {
-    let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
-    setrlimit(Resource::RLIMIT_NOFILE, hard, hard)
 }
 
 /// Cancelled at SIGTERM and at SIGINT.

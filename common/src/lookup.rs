@@ -33,9 +33,11 @@ impl Arrival {
         // (a) Not for the pod: what it opens itself goes to the agent. A socket that is bound to
         // the device shows that device instead of lo, hence the second condition.
         if !pod.owns(&self.local) {
-            if self.over_loopback && self.local.is(&self.remote) {
+            if self.local.is(&self.remote) {
                 // Its own address that the mesh does not know (link-local, secondary): captured
-                // packets carry the pod's address as source, so this is the pod with itself.
+                // packets carry the pod's address as source, so this is the pod with itself. Such
+                // packets show the address's device instead of lo. From outside nobody gets further
+                // than a SYN with it: the answer stays in the pod.
                 return Route::Pass(Verdict::LookupSelf);
             }
             if self.over_loopback || pod.has(&self.remote) {
@@ -154,6 +156,8 @@ mod tests {
             ("::1", "::1", Over::Lo),
             ("fd00::2", "::1", Over::Lo),
             ("10.0.0.77", "10.0.0.77", Over::Lo),
+            ("10.0.0.77", "10.0.0.77", Over::Eth0),
+            ("fe80::2", "fe80::2", Over::Eth0),
         ] {
             assert_eq!(
                 route(Mode::Strict, remote, local, over),

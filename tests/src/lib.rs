@@ -22,7 +22,9 @@
 
 pub mod apps;
 pub mod cgroup;
+pub mod connects;
 pub mod figures;
+pub mod hostile;
 pub mod http;
 pub mod interrupt;
 pub mod machine;

@@ -7,6 +7,7 @@ mod demo;
 mod lab;
 mod programs;
 mod report;
+mod scenario;
 mod simulate;
 mod test;
 mod toolchain;
@@ -34,6 +35,8 @@ enum Command {
     Lab(lab::Options),
     /// Failures under the resilience of Undermesh and of others, simulated.
     Simulate(simulate::Options),
+    /// What happens when something goes wrong, or somebody means it to.
+    Scenario(scenario::Options),
     /// Run every test: units, kernel programs, and end to end.
     Test(test::Options),
 }
@@ -53,6 +56,7 @@ fn run(command: &Command) -> Result<ExitCode> {
         Command::Demo(options) => demo::run(options),
         Command::Lab(options) => lab::run(options),
         Command::Simulate(options) => simulate::run(options),
+        Command::Scenario(options) => scenario::run(options),
         Command::Test(options) => test::run(options),
     }
 }

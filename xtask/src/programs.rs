@@ -28,16 +28,9 @@ pub fn build() -> Result<Binaries> {
     build_traffic()
 }
 
-/// Builds the traffic program alone.
+/// Builds the programs that run in pods alone.
 pub fn build_traffic() -> Result<Binaries> {
-    build::execute(cargo().args([
-        "build",
-        "--release",
-        "--package",
-        "undermesh-lab",
-        "--bin",
-        "undermesh-traffic",
-    ]))?;
+    build::execute(cargo().args(["build", "--release", "--package", "undermesh-lab", "--bins"]))?;
     interrupt::check()?;
     Ok(Binaries::in_dir(&dir()))
 }

@@ -41,6 +41,11 @@ impl Checks {
         self.add(name, observed > bound, observed, format!("> {bound}"));
     }
 
+    /// `observed` must be less than `bound`.
+    pub fn less_than(&mut self, name: &'static str, observed: u64, bound: u64) {
+        self.add(name, observed < bound, observed, format!("< {bound}"));
+    }
+
     fn add(
         &mut self,
         name: &'static str,
@@ -130,10 +135,12 @@ mod tests {
         assert!(!checks.passed());
         checks.equal("same", 1, 1);
         assert!(checks.passed());
+        checks.less_than("less", 1, 2);
+        assert!(checks.passed());
         checks.more_than("more", 0, 0);
         assert!(!checks.passed());
         let report = envelope("demo", Instant::now(), &checks, Map::new());
         assert_eq!(report["passed"], false);
-        assert_eq!(report["checks"][1]["expected"], "> 0");
+        assert_eq!(report["checks"][2]["expected"], "> 0");
     }
 }

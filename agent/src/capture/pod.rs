@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use arc_swap::{ArcSwap, ArcSwapOption};
+use nix::sys::resource::{Resource, getrlimit};
 use socket2::Socket;
 use thiserror::Error;
 use tokio::net::TcpStream;
@@ -25,8 +26,27 @@ use super::ports::{Choice, SourcePorts};
 use super::sockets::{self, PodAddresses, unmapped};
 use crate::mesh::Workload;
 
-/// How many connections of one pod may be live; at the bound, new ones are reset and counted.
+/// How many connections of one pod may be live, where the process may hold enough descriptors; at
+/// the bound, new ones are reset and counted.
 pub const CONNECTIONS_PER_POD: usize = 16_384;
+
+/// A connection has two sockets here: the accepted one and the one to its destination.
+const DESCRIPTORS_PER_CONNECTION: u64 = 2;
+/// What a single pod leaves of the process's descriptors for everything else, others among it.
+const DESCRIPTORS_FOR_OTHERS: u64 = 1_024;
+
+/// The bound under a limit of so many descriptors: no pod alone can use them up.
+fn connections_per_pod(descriptors: u64) -> usize {
+    let share = descriptors.saturating_sub(DESCRIPTORS_FOR_OTHERS) / DESCRIPTORS_PER_CONNECTION;
+    // Less than this and the limit is too low for an agent anyway; accept(2) then rests.
+    let share = share.max(descriptors / (2 * DESCRIPTORS_PER_CONNECTION));
+    usize::try_from(share).map_or(CONNECTIONS_PER_POD, |share| share.min(CONNECTIONS_PER_POD))
+}
+
+/// The process's own; where the kernel does not say, the bound is that of a usual limit.
+fn descriptors() -> u64 {
+    getrlimit(Resource::RLIMIT_NOFILE).map_or(u64::MAX, |(soft, _)| soft)
+}
 
 /// After so long, a delivery that nobody answered tries another port: its tuple may be that of a
 /// real connection, which the app's answer then goes to.
@@ -343,7 +363,7 @@ impl EnrolledPod {
             worker: parts.worker,
             ports: parts.ports,
             live: TaskTracker::new(),
-            permits: Arc::new(Semaphore::new(CONNECTIONS_PER_POD)),
+            permits: Arc::new(Semaphore::new(connections_per_pod(descriptors()))),
             gone: CancellationToken::new(),
             cut: CancellationToken::new(),
             counters: parts.counters,
@@ -419,6 +439,14 @@ fn dial_error(destination: SocketAddr, source: io::Error) -> DialError {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn one_pod_cannot_use_up_the_descriptors_of_the_process() {
+        assert_eq!(connections_per_pod(1 << 20), CONNECTIONS_PER_POD);
+        assert_eq!(connections_per_pod(20_000), 9_488);
+        assert_eq!(connections_per_pod(1_024), 256);
+        assert_eq!(connections_per_pod(u64::MAX), CONNECTIONS_PER_POD);
+    }
 
     #[test]
     fn each_errno_has_its_meaning() {

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use super::world::{LIMIT, Pod, Running, VIP, VIP6, World};
-use crate::capture::{CONNECTIONS_PER_POD, Dial, DialError, Role};
+use crate::capture::{Dial, DialError, Role};
 use crate::mesh::Mode;
 use crate::relay::close_in_order;
 
@@ -356,7 +356,7 @@ async fn a_pod_with_as_many_connections_as_it_may_have_gets_no_more() {
     let mut running = world.enrolled(Mode::Permissive).await;
     let pod = &world.pods[0];
     let enrolled = running.capture.enrolled(&pod.uid()).unwrap();
-    let all = u32::try_from(CONNECTIONS_PER_POD).unwrap();
+    let all = u32::try_from(enrolled.permits().available_permits()).unwrap();
     let permits = enrolled.permits().acquire_many(all).await.unwrap();
     let result = joined(client(pod, VIP.parse().unwrap())).await;
     assert!(result.is_err(), "{result:?}");

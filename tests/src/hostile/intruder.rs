@@ -1,0 +1,331 @@
+//! What a process in a pod can try. Each attack is one function that says how often it got through.
+
+use std::io::{self, ErrorKind, Read, Write};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream};
+use std::time::{Duration, Instant};
+
+use clap::{Args, ValueEnum};
+use nix::sys::socket::{setsockopt, sockopt};
+use serde::{Deserialize, Serialize};
+use socket2::{Domain, Protocol, Socket, Type};
+
+/// Longer than any answer takes that comes.
+const PATIENCE: Duration = Duration::from_millis(500);
+/// Content type of a TLS record that says no.
+const TLS_ALERT: u8 = 21;
+const LINE: &[u8] = b"intruder\n";
+
+/// What is tried.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+#[value(rename_all = "snake_case")]
+pub enum Attack {
+    /// Connects and sends a line. Success: it comes back.
+    Speak,
+    /// The same from `--source`, which is not the pod's, with `--mark`, bound to `--device`.
+    Pose,
+    /// Connects with a deferred connect, then takes the mark off and binds to eth0.
+    Dodge,
+    /// Binds with SO_REUSEPORT to every port of 127.0.0.1 that listens, and waits for a connection.
+    Join,
+    /// Listens on the ports of the mesh, and at `--to` by IP_TRANSPARENT, until `--seconds` are over.
+    Listen,
+    /// Connects to every port of 127.0.0.1 that listens, with and without mark.
+    Knock,
+    /// Speaks HTTP/2 CONNECT to 15008, without TLS.
+    Tunnel,
+    /// Sends SYNs with random sources for `--seconds`.
+    Flood,
+    /// Opens `--attempts` connections and holds them for `--seconds`.
+    Hoard,
+}
+
+/// How it is tried.
+#[derive(Debug, Clone, Args)]
+pub struct AttackOptions {
+    /// What.
+    #[arg(long)]
+    pub attack: Attack,
+    /// At whom.
+    #[arg(long)]
+    pub to: SocketAddr,
+    /// How often.
+    #[arg(long, default_value_t = 20)]
+    pub attempts: u32,
+    /// As whom.
+    #[arg(long)]
+    pub source: Option<IpAddr>,
+    /// SO_MARK.
+    #[arg(long, default_value_t = 0)]
+    pub mark: u32,
+    /// SO_BINDTODEVICE.
+    #[arg(long)]
+    pub device: Option<String>,
+    /// How long.
+    #[arg(long, default_value_t = 1)]
+    pub seconds: u64,
+}
+
+/// What came of it.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct AttackReport {
+    /// Tries.
+    pub attempts: u64,
+    /// Tries that got through.
+    pub succeeded: u64,
+    /// What the last try met.
+    pub met: String,
+}
+
+impl AttackReport {
+    fn add(&mut self, outcome: io::Result<bool>) {
+        self.attempts += 1;
+        match outcome {
+            Ok(true) => self.succeeded += 1,
+            Ok(false) => {}
+            Err(error) => self.met = error.to_string(),
+        }
+    }
+}
+
+/// Tries it.
+pub fn run(options: &AttackOptions) -> io::Result<AttackReport> {
+    let mut report = AttackReport::default();
+    match options.attack {
+        Attack::Speak | Attack::Pose | Attack::Dodge | Attack::Tunnel => {
+            for _ in 0..options.attempts {
+                report.add(once(options));
+            }
+        }
+        Attack::Join => join(&mut report)?,
+        Attack::Knock => knock(options, &mut report)?,
+        Attack::Listen => listen(options, &mut report)?,
+        Attack::Flood => flood(options, &mut report)?,
+        Attack::Hoard => hoard(options, &mut report),
+    }
+    Ok(report)
+}
+
+fn stream(to: SocketAddr) -> io::Result<Socket> {
+    let socket = Socket::new(Domain::for_address(to), Type::STREAM, Some(Protocol::TCP))?;
+    socket.set_read_timeout(Some(PATIENCE))?;
+    Ok(socket)
+}
+
+fn once(options: &AttackOptions) -> io::Result<bool> {
+    let to = options.to;
+    let socket = stream(to)?;
+    if options.mark != 0 {
+        socket.set_mark(options.mark)?;
+    }
+    if let Some(device) = &options.device {
+        socket.bind_device(Some(device.as_bytes()))?;
+    }
+    if let Some(source) = options.source {
+        match to {
+            // NET_RAW suffices.
+            SocketAddr::V4(_) => socket.set_ip_transparent_v4(true)?,
+            SocketAddr::V6(_) => socket.set_freebind_v6(true)?,
+        }
+        socket.bind(&SocketAddr::new(source, 0).into())?;
+    }
+    if options.attack == Attack::Dodge {
+        setsockopt(&socket, sockopt::TcpFastOpenConnect, &true)?;
+        socket.connect(&to.into())?;
+        socket.set_mark(0)?;
+        socket.bind_device(Some(b"eth0"))?;
+    } else {
+        socket.connect_timeout(&to.into(), PATIENCE)?;
+    }
+    let mut stream = TcpStream::from(socket);
+    if options.attack != Attack::Tunnel {
+        stream.write_all(LINE)?;
+        return echoed(&mut stream);
+    }
+    stream.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0")?;
+    let mut answer = [0; 64];
+    let length = stream.read(&mut answer)?;
+    if answer[0] == TLS_ALERT {
+        return Err(io::Error::other("a TLS alert"));
+    }
+    Ok(length > 0)
+}
+
+fn echoed(stream: &mut TcpStream) -> io::Result<bool> {
+    let mut answer = [0; LINE.len()];
+    stream.read_exact(&mut answer)?;
+    Ok(answer == LINE)
+}
+
+/// TCP listeners of the namespace at 127.0.0.1: those of the agent, in a pod where nobody else has any.
+fn listeners() -> io::Result<Vec<SocketAddr>> {
+    let table = std::fs::read_to_string("/proc/thread-self/net/tcp")?;
+    let ports = table.lines().filter_map(|line| {
+        let mut fields = line.split_whitespace().skip(1);
+        let port = fields.next()?.strip_prefix("0100007F:")?;
+        (fields.nth(1)? == "0A").then(|| u16::from_str_radix(port, 16).ok())?
+    });
+    Ok(ports
+        .map(|port| (Ipv4Addr::LOCALHOST, port).into())
+        .collect())
+}
+
+fn found() -> io::Result<Vec<SocketAddr>> {
+    let found = listeners()?;
+    if found.is_empty() {
+        return Err(io::Error::new(
+            ErrorKind::NotFound,
+            "no listeners to attack",
+        ));
+    }
+    Ok(found)
+}
+
+fn join(report: &mut AttackReport) -> io::Result<()> {
+    for address in found()? {
+        report.add((|| {
+            let socket = stream(address)?;
+            socket.set_reuse_port(true)?;
+            socket.bind(&address.into())?;
+            socket.listen(16)?;
+            Ok(true)
+        })());
+    }
+    Ok(())
+}
+
+fn knock(options: &AttackOptions, report: &mut AttackReport) -> io::Result<()> {
+    for address in found()? {
+        for mark in [0, options.mark] {
+            report.add((|| {
+                let socket = stream(address)?;
+                socket.set_mark(mark)?;
+                socket.connect_timeout(&address.into(), PATIENCE)?;
+                let mut stream = TcpStream::from(socket);
+                stream.write_all(LINE)?;
+                echoed(&mut stream)
+            })());
+        }
+    }
+    Ok(())
+}
+
+/// Sockets that would get what is the agent's. Success: one of them accepts.
+fn listen(options: &AttackOptions, report: &mut AttackReport) -> io::Result<()> {
+    let any = Ipv4Addr::UNSPECIFIED;
+    let ports = [15001, 15006, 15008, options.to.port()];
+    let mut wanted: Vec<SocketAddr> = ports.map(|port| (any, port).into()).to_vec();
+    // One that joiners and knockers find where there is no agent.
+    wanted.push((Ipv4Addr::LOCALHOST, 15099).into());
+    wanted.push(options.to);
+    let mut open = Vec::new();
+    for address in wanted {
+        let socket = stream(address)?;
+        socket.set_ip_transparent_v4(true)?;
+        socket.set_reuse_address(true)?;
+        socket.set_reuse_port(true)?;
+        socket.bind(&address.into())?;
+        socket.listen(64)?;
+        socket.set_nonblocking(true)?;
+        open.push(socket);
+    }
+    println!("listening");
+    let end = Instant::now() + Duration::from_secs(options.seconds);
+    report.attempts = u64::from(options.attempts);
+    while Instant::now() < end {
+        for socket in &open {
+            if let Ok((stream, _)) = socket.accept() {
+                let mut stream = TcpStream::from(stream);
+                stream.set_nonblocking(false)?;
+                report.succeeded += 1;
+                report.met = format!("{:?}", stream.local_addr());
+                let _ = stream.write_all(LINE);
+            }
+        }
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    Ok(())
+}
+
+/// Raw SYNs. Success here is only that they were sent; what they do is measured elsewhere.
+fn flood(options: &AttackOptions, report: &mut AttackReport) -> io::Result<()> {
+    let (IpAddr::V4(to), port) = (options.to.ip(), options.to.port()) else {
+        return Err(ErrorKind::InvalidInput.into());
+    };
+    let raw = Protocol::from(255);
+    let socket = Socket::new(Domain::IPV4, Type::RAW, Some(raw))?;
+    let end = Instant::now() + Duration::from_secs(options.seconds);
+    let mut state = u64::from(std::process::id()) | 1;
+    while Instant::now() < end {
+        // As many as a container may send in a burst, with a rest in which the machine can do its work.
+        for _ in 0..50 {
+            // xorshift64: spread, not secret.
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            let [a, b, c, d, e, ..] = state.to_le_bytes();
+            let source = Ipv4Addr::new(198, 18 + (a & 1), b, c);
+            let packet = syn(source, to, u16::from_le_bytes([d, e]) | 1024, port);
+            report.attempts += 1;
+            report.succeeded += u64::from(socket.send_to(&packet, &options.to.into()).is_ok());
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    Ok(())
+}
+
+fn syn(source: Ipv4Addr, to: Ipv4Addr, from_port: u16, port: u16) -> Vec<u8> {
+    let mut tcp = Vec::new();
+    tcp.extend(from_port.to_be_bytes());
+    tcp.extend(port.to_be_bytes());
+    tcp.extend([0, 0, 0, 1, 0, 0, 0, 0, 0x50, 0x02, 0xff, 0xff, 0, 0, 0, 0]);
+    let mut pseudo: Vec<u8> = [source.octets(), to.octets(), [0, 6, 0, 20]].concat();
+    pseudo.extend(&tcp);
+    let sum = checksum(&pseudo).to_be_bytes();
+    tcp[16..18].copy_from_slice(&sum);
+    let mut packet = vec![0x45, 0, 0, 40, 0, 0, 0x40, 0, 64, 6, 0, 0];
+    packet.extend(source.octets());
+    packet.extend(to.octets());
+    packet.extend(tcp);
+    packet
+}
+
+fn checksum(bytes: &[u8]) -> u16 {
+    let sum: u32 = bytes
+        .chunks(2)
+        .map(|pair| u32::from(u16::from_be_bytes([pair[0], pair[1]])))
+        .sum();
+    let folded = (sum & 0xffff) + (sum >> 16);
+    let folded = (folded & 0xffff) + (folded >> 16);
+    !u16::try_from(folded).unwrap_or(u16::MAX)
+}
+
+fn hoard(options: &AttackOptions, report: &mut AttackReport) {
+    let mut open = Vec::new();
+    for _ in 0..options.attempts {
+        report.add((|| {
+            let socket = stream(options.to)?;
+            socket.connect_timeout(&options.to.into(), PATIENCE)?;
+            let mut stream = TcpStream::from(socket);
+            stream.write_all(LINE)?;
+            let answer = echoed(&mut stream)?;
+            open.push(stream);
+            Ok(answer)
+        })());
+    }
+    println!("held {}", open.len());
+    std::thread::sleep(Duration::from_secs(options.seconds));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_forged_syn_has_a_right_checksum() {
+        let (source, to) = (Ipv4Addr::new(198, 18, 1, 2), Ipv4Addr::new(10, 0, 0, 1));
+        let packet = syn(source, to, 4000, 80);
+        let mut pseudo: Vec<u8> = [source.octets(), to.octets(), [0, 6, 0, 20]].concat();
+        pseudo.extend(&packet[20..]);
+        assert_eq!(checksum(&pseudo), 0);
+    }
+}

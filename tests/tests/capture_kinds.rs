@@ -1,0 +1,16 @@
+//! Every kind of connect is captured, or left alone, as it should be.
+
+use anyhow::Result;
+use undermesh_lab::connects::{self, Extent};
+
+#[test]
+fn every_kind_of_connect_does_what_it_should_on_v4_and_v6() -> Result<()> {
+    let results = connects::run(None, Extent::Quick, |result| println!("{result:?}"))?;
+    let wrong: Vec<_> = results
+        .iter()
+        .filter(|result| result.right != result.attempts)
+        .collect();
+    assert!(wrong.is_empty(), "{wrong:#?}");
+    assert!(results.len() > 50, "{}", results.len());
+    Ok(())
+}

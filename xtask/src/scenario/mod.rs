@@ -1,0 +1,65 @@
+//! `cargo xtask scenario NAME`: what Undermesh does when something goes wrong, or somebody means it to.
+
+mod capture;
+mod hostile;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Instant;
+
+use anyhow::Result;
+use clap::{Args, Subcommand};
+use serde_json::{Map, Value};
+use undermesh_lab::machine;
+
+use crate::report::{self, Checks};
+
+#[derive(Args)]
+pub struct Options {
+    #[command(subcommand)]
+    scenario: Scenario,
+}
+
+#[derive(Subcommand)]
+enum Scenario {
+    /// Every kind of connect.
+    Capture(File),
+    /// Attacks by a process in a pod.
+    Hostile(File),
+}
+
+#[derive(Args)]
+struct File {
+    /// Where to write the figures, in JSON.
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+}
+
+pub fn run(options: &Options) -> Result<ExitCode> {
+    machine::require_root()?;
+    match &options.scenario {
+        Scenario::Capture(file) => shown("scenario capture", file, capture::run),
+        Scenario::Hostile(file) => shown("scenario hostile", file, hostile::run),
+    }
+}
+
+type Shown = (Checks, Map<String, Value>);
+
+fn shown(command: &str, file: &File, scenario: fn() -> Result<Shown>) -> Result<ExitCode> {
+    let start = Instant::now();
+    let (checks, body) = scenario().unwrap_or_else(|error| {
+        let mut checks = Checks::default();
+        checks.equal("ran to its end", format!("{error:#}"), "yes".to_owned());
+        (checks, Map::new())
+    });
+    println!("\n{}", if checks.passed() { "passed" } else { "FAILED" });
+    checks.print();
+    if let Some(file) = &file.json {
+        report::write(file, &report::envelope(command, start, &checks, body))?;
+    }
+    Ok(if checks.passed() {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
+}
