@@ -15,7 +15,7 @@ use undermesh_simulation::resilience::balance::{Algorithm, BalanceSettings};
 use undermesh_simulation::resilience::breaker::BreakerSettings;
 use undermesh_simulation::resilience::budget::{BudgetSettings, Purse, RetryBudget};
 use undermesh_simulation::resilience::destination::{
-    Ask, Destination, DestinationSettings, Source,
+    Ask, Destination, DestinationSettings, Source, Worker,
 };
 use undermesh_simulation::resilience::ejection::{EjectionSettings, SourceId};
 use undermesh_simulation::resilience::endpoint::Member;
@@ -63,33 +63,75 @@ fn tick(now: &mut Timestamp) -> Timestamp {
     *now
 }
 
-fn decide(
-    breaker: &Arc<Breaker>,
-    source: &Arc<Source<Target>>,
-    rng: &mut SmallRng,
+/// What one worker decides with.
+struct Desk<'s> {
+    breaker: &'s Arc<Breaker>,
+    source: &'s Arc<Source<Target>>,
+    worker: Worker<'s, Target>,
+    rng: SmallRng,
     now: Timestamp,
-) {
-    let permit = breaker.admit(now);
-    let attempt = source.pick(&Ask::default(), rng, now);
-    let _ = black_box((permit, attempt));
 }
 
-fn request(
-    breaker: &Arc<Breaker>,
-    source: &Arc<Source<Target>>,
-    rng: &mut SmallRng,
-    now: Timestamp,
-) {
-    if let (Ok(permit), Ok(attempt)) = (breaker.admit(now), source.pick(&Ask::default(), rng, now))
-    {
-        let done = now + Duration::from_millis(5);
-        attempt.finish(Outcome::Success, done);
-        permit.finish(Outcome::Success, done);
+impl<'s> Desk<'s> {
+    fn new(breaker: &'s Arc<Breaker>, source: &'s Arc<Source<Target>>, seed: u64) -> Self {
+        Self {
+            breaker,
+            source,
+            worker: source.worker(),
+            rng: SmallRng::seed_from_u64(seed),
+            now: Timestamp::ZERO + START,
+        }
+    }
+
+    fn decide(&mut self) {
+        let now = tick(&mut self.now);
+        let permit = self.breaker.admit(now);
+        let attempt = self.source.pick(&Ask::default(), &mut self.rng, now);
+        let _ = black_box((permit, attempt));
+    }
+
+    /// With what is borrowed instead of shared.
+    fn decide_scoped(&mut self) {
+        let now = tick(&mut self.now);
+        let permit = self.breaker.admit_scoped(now);
+        let attempt = self.worker.pick(&Ask::default(), &mut self.rng, now);
+        let _ = black_box((permit, attempt));
+    }
+
+    fn request(&mut self) {
+        let now = tick(&mut self.now);
+        if let (Ok(permit), Ok(attempt)) = (
+            self.breaker.admit(now),
+            self.source.pick(&Ask::default(), &mut self.rng, now),
+        ) {
+            let done = now + Duration::from_millis(5);
+            attempt.finish(Outcome::Success, done);
+            permit.finish(Outcome::Success, done);
+        }
+    }
+
+    fn request_scoped(&mut self) {
+        let now = tick(&mut self.now);
+        if let (Ok(permit), Ok(attempt)) = (
+            self.breaker.admit_scoped(now),
+            self.worker.pick(&Ask::default(), &mut self.rng, now),
+        ) {
+            let done = now + Duration::from_millis(5);
+            attempt.finish(Outcome::Success, done);
+            permit.finish(Outcome::Success, done);
+        }
     }
 }
 
 /// What a worker does over and over.
-type Work = fn(&Arc<Breaker>, &Arc<Source<Target>>, &mut SmallRng, Timestamp);
+type Work = for<'d, 's> fn(&'d mut Desk<'s>);
+
+const WORK: [(&str, Work); 4] = [
+    ("decision", |desk| desk.decide()),
+    ("decision, scoped", |desk| desk.decide_scoped()),
+    ("whole request", |desk| desk.request()),
+    ("whole request, scoped", |desk| desk.request_scoped()),
+];
 
 const START: Duration = Duration::from_secs(3600);
 
@@ -125,12 +167,12 @@ fn single(criterion: &mut Criterion) {
     for count in [100, 10_000, 100_000] {
         let destination = destination(count, Algorithm::PeakEwma);
         let source = destination.source(SourceId(1), now);
-        criterion.bench_function(&format!("decision, {count} endpoints"), |bencher| {
-            bencher.iter(|| decide(&breaker, &source, &mut rng, tick(&mut now)));
-        });
-        criterion.bench_function(&format!("whole request, {count} endpoints"), |bencher| {
-            bencher.iter(|| request(&breaker, &source, &mut rng, tick(&mut now)));
-        });
+        for (name, work) in WORK {
+            let mut desk = Desk::new(&breaker, &source, 1);
+            criterion.bench_function(&format!("{name}, {count} endpoints"), |bencher| {
+                bencher.iter(|| work(&mut desk));
+            });
+        }
         let mut next = count;
         criterion.bench_function(&format!("update, {count} endpoints"), |bencher| {
             bencher.iter(|| {
@@ -146,8 +188,7 @@ fn two_workers(criterion: &mut Criterion) {
     let now = Timestamp::ZERO + START;
     let destination = destination(10_000, Algorithm::PeakEwma);
     let breaker = breaker();
-    let work: [(&str, Work); 2] = [("decision", decide), ("whole request", request)];
-    for (name, work) in work {
+    for (name, work) in WORK {
         criterion.bench_function(
             &format!("{name}, 10,000 endpoints, two workers"),
             |bencher| {
@@ -158,10 +199,9 @@ fn two_workers(criterion: &mut Criterion) {
                             let (destination, breaker) = (&destination, &breaker);
                             scope.spawn(move || {
                                 let source = destination.source(SourceId(worker), now);
-                                let mut rng = SmallRng::seed_from_u64(worker);
-                                let mut now = now;
+                                let mut desk = Desk::new(breaker, &source, worker);
                                 for _ in 0..rounds {
-                                    work(breaker, &source, &mut rng, tick(&mut now));
+                                    work(&mut desk);
                                 }
                             });
                         }
@@ -205,19 +245,17 @@ fn fastest() {
     const BATCH: u32 = 1_000;
     const BATCHES: usize = 3_000;
     let breaker = breaker();
-    let work: [(&str, Work); 2] = [("decision", decide), ("whole request", request)];
     for count in [100, 10_000, 100_000] {
         let destination = destination(count, Algorithm::PeakEwma);
-        for (name, work) in work {
+        for (name, work) in WORK {
             let batches = |worker: u64| {
-                let mut now = Timestamp::ZERO + START;
-                let source = destination.source(SourceId(worker), now);
-                let mut rng = SmallRng::seed_from_u64(worker);
+                let source = destination.source(SourceId(worker), Timestamp::ZERO + START);
+                let mut desk = Desk::new(&breaker, &source, worker);
                 let mut times: Vec<Duration> = Vec::with_capacity(BATCHES);
                 for _ in 0..BATCHES {
                     let start = Instant::now();
                     for _ in 0..BATCH {
-                        work(&breaker, &source, &mut rng, tick(&mut now));
+                        work(&mut desk);
                     }
                     times.push(start.elapsed() / BATCH);
                 }

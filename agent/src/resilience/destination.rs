@@ -3,10 +3,11 @@
 
 use std::collections::HashMap;
 use std::fmt;
+use std::ops::Deref;
 use std::sync::Arc;
 use std::time::Duration;
 
-use arc_swap::ArcSwap;
+use arc_swap::{ArcSwap, Cache};
 use rand::Rng;
 
 use super::balance::{BalanceSettings, Chooser, Set, Wish};
@@ -309,7 +310,7 @@ impl<T: Target> Source<T> {
         self.state.ejects(target)
     }
 
-    /// Chooses an endpoint for an attempt that begins now.
+    /// Chooses an endpoint for an attempt that begins now, and that may outlive the caller.
     ///
     /// # Errors
     /// [`NoEndpoint`] when there is none at all.
@@ -319,6 +320,26 @@ impl<T: Target> Source<T> {
         rng: &mut (impl Rng + ?Sized),
         now: Timestamp,
     ) -> Result<Attempt<T>, NoEndpoint> {
+        let set = self.destination.set.load();
+        let (endpoint, probe) = self.choose(&set, ask, rng, now)?;
+        Ok(Attempt::begin(Arc::clone(self), endpoint, probe, now))
+    }
+
+    /// A worker's own way to pick, for one that picks often and sees its attempts end itself.
+    pub fn worker(&self) -> Worker<'_, T> {
+        Worker {
+            source: self,
+            set: Cache::new(&self.destination.set),
+        }
+    }
+
+    fn choose(
+        &self,
+        set: &Set<T>,
+        ask: &Ask<'_, T>,
+        rng: &mut (impl Rng + ?Sized),
+        now: Timestamp,
+    ) -> Result<(Arc<Endpoint<T>>, Option<Probe>), NoEndpoint> {
         let destination = &*self.destination;
         self.state.seen(now);
         if ask.probing == Probing::Allowed
@@ -326,9 +347,8 @@ impl<T: Target> Source<T> {
                 .ejector
                 .due(&self.state, now, |target| !ask.tried.contains(target))
         {
-            return Ok(self.begin(endpoint, Some(probe), now));
+            return Ok((endpoint, Some(probe)));
         }
-        let set = destination.set.load();
         let wish = Wish {
             source: &self.state,
             tried: ask.tried,
@@ -339,40 +359,67 @@ impl<T: Target> Source<T> {
         };
         let chosen = destination
             .chooser
-            .choose(&set, &wish, rng)
+            .choose(set, &wish, rng)
             .ok_or(NoEndpoint)?;
-        Ok(self.begin(Arc::clone(chosen), None, now))
+        Ok((Arc::clone(chosen), None))
     }
+}
 
-    fn begin(
-        self: &Arc<Self>,
-        endpoint: Arc<Endpoint<T>>,
-        probe: Option<Probe>,
+/// One worker's view of a [`Source`]. It keeps the version of the endpoints that it read last and
+/// looks only whether that is still the newest, and its attempts borrow the source: of the counts of
+/// references, each a locked write, only that of the chosen endpoint is left.
+///
+/// A worker that does not pick keeps an old version, and the endpoints in it, alive.
+pub struct Worker<'s, T: Target> {
+    source: &'s Source<T>,
+    set: Cache<&'s ArcSwap<Set<T>>, Arc<Set<T>>>,
+}
+
+impl<T: Target> fmt::Debug for Worker<'_, T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Worker").field(self.source).finish()
+    }
+}
+
+impl<'s, T: Target> Worker<'s, T> {
+    /// As [`Source::pick`].
+    ///
+    /// # Errors
+    /// [`NoEndpoint`] when there is none at all.
+    pub fn pick(
+        &mut self,
+        ask: &Ask<'_, T>,
+        rng: &mut (impl Rng + ?Sized),
         now: Timestamp,
-    ) -> Attempt<T> {
-        endpoint.begin(now);
-        self.destination.chooser.begin();
-        Attempt {
-            source: Arc::clone(self),
-            endpoint,
-            started: now,
-            probe,
-        }
+    ) -> Result<Attempt<T, &'s Source<T>>, NoEndpoint> {
+        let (endpoint, probe) = self.source.choose(self.set.load(), ask, rng, now)?;
+        Ok(Attempt::begin(self.source, endpoint, probe, now))
     }
 }
 
 /// One attempt under way. Dropped without an outcome it is a cancellation: no verdict, and what it
-/// held is free again.
+/// held is free again. Whoever holds it owns a share of the source, or borrows it (`S`).
 #[derive(Debug)]
 #[must_use]
-pub struct Attempt<T: Target> {
-    source: Arc<Source<T>>,
+pub struct Attempt<T: Target, S: Deref<Target = Source<T>> = Arc<Source<T>>> {
+    source: S,
     endpoint: Arc<Endpoint<T>>,
     started: Timestamp,
     probe: Option<Probe>,
 }
 
-impl<T: Target> Attempt<T> {
+impl<T: Target, S: Deref<Target = Source<T>>> Attempt<T, S> {
+    fn begin(source: S, endpoint: Arc<Endpoint<T>>, probe: Option<Probe>, now: Timestamp) -> Self {
+        endpoint.begin(now);
+        source.destination.chooser.begin();
+        Self {
+            source,
+            endpoint,
+            started: now,
+            probe,
+        }
+    }
+
     /// Where it goes.
     pub fn target(&self) -> &T {
         self.endpoint.target()
@@ -422,7 +469,7 @@ impl<T: Target> Attempt<T> {
     }
 }
 
-impl<T: Target> Drop for Attempt<T> {
+impl<T: Target, S: Deref<Target = Source<T>>> Drop for Attempt<T, S> {
     fn drop(&mut self) {
         self.endpoint.end();
         self.source.destination.chooser.end();

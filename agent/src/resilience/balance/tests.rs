@@ -354,6 +354,24 @@ fn a_retry_goes_elsewhere_first_and_back_when_there_is_no_elsewhere() {
 }
 
 #[test]
+fn a_worker_sees_the_newest_endpoints_and_gives_back_what_it_took() {
+    let mut bench = setup(2, Algorithm::PeakEwma);
+    let source = bench.source(1);
+    let mut worker = source.worker();
+    for target in [0, 1, 5] {
+        bench.destination.replace(&[Member::new(target)], bench.now);
+        let attempt = worker
+            .pick(&Ask::default(), &mut bench.rng, bench.now)
+            .unwrap();
+        assert_eq!(*attempt.target(), target);
+        let endpoint = bench.destination.endpoint(&target).unwrap();
+        assert_eq!(endpoint.in_flight(), 1);
+        attempt.finish(Outcome::Success, bench.now);
+        assert_eq!(endpoint.in_flight(), 0);
+    }
+}
+
+#[test]
 fn a_destination_without_endpoints_says_so() {
     let bench = setup(0, Algorithm::PeakEwma);
     let mut rng = bench.rng.clone();
