@@ -5,12 +5,15 @@ use std::{env, fs, process};
 
 use undermesh_common::LAYOUT_TAG;
 
-const OBJECT: &str = "target/bpf/undermesh-ebpf";
+const SHIPPED: &str = "target/bpf/undermesh-ebpf";
+/// The same with every verdict in the agent's log.
+const LOGGING: &str = "target/bpf/undermesh-ebpf-log";
 
 fn main() {
     let manifest = env::var("CARGO_MANIFEST_DIR").unwrap_or_default();
     let workspace = Path::new(&manifest).parent().unwrap_or(Path::new(".."));
-    let object = workspace.join(OBJECT);
+    let debug = env::var("PROFILE").is_ok_and(|profile| profile == "debug");
+    let object = workspace.join(if debug { LOGGING } else { SHIPPED });
     println!("cargo::rerun-if-changed={}", object.display());
     if let Err(reason) = embed(&object) {
         println!(

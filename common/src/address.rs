@@ -44,6 +44,19 @@ impl Address {
         Self { words }
     }
 
+    /// The 16 bytes in network order.
+    #[inline(always)]
+    #[must_use]
+    pub const fn octets(&self) -> [u8; 16] {
+        let [a, b, c, d] = self.words;
+        let (a, b) = (a.to_ne_bytes(), b.to_ne_bytes());
+        let (c, d) = (c.to_ne_bytes(), d.to_ne_bytes());
+        [
+            a[0], a[1], a[2], a[3], b[0], b[1], b[2], b[3], c[0], c[1], c[2], c[3], d[0], d[1],
+            d[2], d[3],
+        ]
+    }
+
     /// Which packets go to it.
     #[inline(always)]
     #[must_use]

@@ -14,7 +14,7 @@ use undermesh_common::{
 use crate::{
     context,
     maps::{PODS, TARGETS, count, intent, listens},
-    mark,
+    mark, trace,
 };
 
 const ALLOW: i32 = 1;
@@ -74,6 +74,7 @@ fn connect(
         }
     };
     count(verdict);
+    trace::decided(ctx, netns_cookie, &destination, verdict);
     match verdict {
         Verdict::ConnectAgentGoneRefused
         | Verdict::ConnectForeignSourceRefused

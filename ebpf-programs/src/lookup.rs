@@ -14,6 +14,7 @@ use undermesh_common::{
 use crate::{
     context,
     maps::{ADMITTED, CONSTANTS, LISTENERS, count},
+    trace,
 };
 
 /// One instance per pod.
@@ -39,17 +40,14 @@ pub fn undermesh_lookup(ctx: SkLookupContext) -> u32 {
         },
         decided => decided,
     };
-    match route {
-        Route::Refuse(verdict) => {
-            count(verdict);
-            sk_action::SK_DROP
-        }
-        Route::Pass(verdict) => {
-            count(verdict);
-            sk_action::SK_PASS
-        }
-        Route::Listener(_) => sk_action::SK_PASS,
-    }
+    let (verdict, action) = match route {
+        Route::Refuse(verdict) => (verdict, sk_action::SK_DROP),
+        Route::Pass(verdict) => (verdict, sk_action::SK_PASS),
+        Route::Listener(_) => return sk_action::SK_PASS,
+    };
+    count(verdict);
+    trace::decided(&ctx, constants.netns_cookie, &arrival.remote, verdict);
+    action
 }
 
 /// Gives the packet to a listener, or says what happens without one.

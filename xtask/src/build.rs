@@ -10,7 +10,7 @@ use clap::Args;
 use crate::toolchain::{Core, Toolchain};
 
 const TARGET: &str = "bpfel-unknown-none";
-const OBJECT: &str = "undermesh-ebpf";
+const PROGRAM: &str = "undermesh-ebpf";
 
 /// What to build.
 #[derive(Args, Default)]
@@ -23,12 +23,21 @@ pub struct Options {
     pub release: bool,
 }
 
-/// Builds, and leaves the kernel programs at `target/bpf/undermesh-ebpf`.
+/// The kernel programs come twice: as they are shipped, and with the verdicts in the agent's log,
+/// for its debug builds.
+const OBJECTS: [(&str, &[&str]); 2] = [
+    ("undermesh-ebpf", &[]),
+    ("undermesh-ebpf-log", &["--features", "log"]),
+];
+
+/// Builds, and leaves the kernel programs in `target/bpf`.
 pub fn run(options: &Options) -> Result<()> {
     let workspace = workspace();
     let toolchain = Toolchain::find_or_install(&workspace)?;
     println!("eBPF toolchain: {toolchain}");
-    ebpf(&workspace, &toolchain)?;
+    for (object, features) in OBJECTS {
+        ebpf(&workspace, &toolchain, object, features)?;
+    }
     if options.ebpf_only {
         return Ok(());
     }
@@ -57,7 +66,7 @@ pub fn execute(command: &mut Command) -> Result<()> {
     Ok(())
 }
 
-fn ebpf(workspace: &Path, toolchain: &Toolchain) -> Result<()> {
+fn ebpf(workspace: &Path, toolchain: &Toolchain, object: &str, features: &[&str]) -> Result<()> {
     // A target directory of its own: it is another compiler than the rest of the workspace's.
     let target = workspace.join("target/ebpf");
     let mut cargo = toolchain.cargo();
@@ -71,29 +80,30 @@ fn ebpf(workspace: &Path, toolchain: &Toolchain) -> Result<()> {
             remap(workspace),
         )
         .args(["build", "--release", "--target", TARGET, "--target-dir"])
-        .arg(&target);
+        .arg(&target)
+        .args(features);
     if toolchain.core() == Core::FromSource {
         cargo.args(["-Z", "build-std=core"]);
     }
     execute(&mut cargo)?;
-    let built = target.join(TARGET).join("release").join(OBJECT);
+    let built = target.join(TARGET).join("release").join(PROGRAM);
     let place = workspace.join("target/bpf");
     fs::create_dir_all(&place).with_context(|| format!("cannot make {}", place.display()))?;
-    let place = place.join(OBJECT);
+    let place = place.join(object);
     // Copied to the side and renamed, so that a build of the agent never reads half of it; not at
     // all where nothing changed, so that the agent is not built again.
-    let object = fs::read(&built).with_context(|| format!("cannot read {}", built.display()))?;
-    if fs::read(&place).is_ok_and(|former| former == object) {
+    let programs = fs::read(&built).with_context(|| format!("cannot read {}", built.display()))?;
+    if fs::read(&place).is_ok_and(|former| former == programs) {
         println!("kernel programs: {} (unchanged)", place.display());
         return Ok(());
     }
     let fresh = place.with_extension("new");
-    fs::write(&fresh, &object).with_context(|| format!("cannot write {}", fresh.display()))?;
+    fs::write(&fresh, &programs).with_context(|| format!("cannot write {}", fresh.display()))?;
     fs::rename(&fresh, &place).with_context(|| format!("cannot write {}", place.display()))?;
     println!(
         "kernel programs: {} ({} bytes)",
         place.display(),
-        object.len()
+        programs.len()
     );
     Ok(())
 }

@@ -4,4 +4,6 @@
 mod arrival;
 mod capture;
 mod fixture;
+#[cfg(debug_assertions)]
+mod log;
 mod pins;

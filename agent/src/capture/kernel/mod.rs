@@ -11,6 +11,7 @@ mod pins;
 mod reach;
 mod status;
 mod targets;
+mod verdict_log;
 
 use std::collections::BTreeSet;
 use std::fs::File;
@@ -32,6 +33,7 @@ use self::maps::Maps;
 use self::object::{CONNECT4, CONNECT6, LOOKUP, Loader, SOCK_OPS};
 use self::pins::{Pins, Target};
 use self::reach::Reach;
+use self::verdict_log::VerdictLog;
 use super::sys::{self, AttachType};
 use crate::mesh::{CaptureTarget, Mode};
 
@@ -78,6 +80,7 @@ pub struct Kernel {
     /// What the kernel holds of [`Kernel::set_targets`].
     targets: Mutex<BTreeSet<CaptureTarget>>,
     reach: Reach,
+    _log: Option<VerdictLog>,
 }
 
 /// The programs at the cgroup: name, pin, hook.
@@ -102,6 +105,10 @@ impl Kernel {
         let mut loader = Loader::new(pins.directory());
         let mut loaded = loader.load()?;
         let maps = Maps::new(&mut loaded)?;
+        let log = loaded.log().unwrap_or_else(|error| {
+            tracing::warn!(%error, "verdicts are not logged");
+            None
+        });
         let intents = maps.intents.keys()?;
         // All through the verifier before any is attached.
         let programs = CGROUP_PROGRAMS.map(|(name, pin, kind)| {
@@ -122,6 +129,7 @@ impl Kernel {
             loader: Mutex::new(loader),
             targets: Mutex::new(targets),
             reach: Reach::Unknown,
+            _log: log,
         };
         kernel.forget_leftover_intents(&intents)?;
         kernel.reach = Reach::probe(&kernel)?;

@@ -1,5 +1,6 @@
 //! The embedded object: loading it, once for the node and once more for every pod's `sk_lookup`.
 
+use std::io;
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::path::Path;
 
@@ -9,11 +10,12 @@ use aya::{Ebpf, EbpfLoader};
 use undermesh_common::PodConstants;
 
 use super::KernelError;
+use super::verdict_log::VerdictLog;
 
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/undermesh-ebpf"));
 
 /// Maps that all programs share, and the names of their pins.
-const SHARED_MAPS: [(&str, &str); 8] = [
+const SHARED_MAPS: [(&str, &str); 9] = [
     ("PODS", "pods"),
     ("TARGETS", "targets"),
     ("INTENTS", "intents"),
@@ -22,7 +24,12 @@ const SHARED_MAPS: [(&str, &str); 8] = [
     ("VERDICTS", "verdicts"),
     ("NATIVE", "native"),
     ("NOTES", "notes"),
+    (LOGS, LOGS_PIN),
 ];
+
+/// In the programs of debug builds only.
+const LOGS: &str = "AYA_LOGS";
+const LOGS_PIN: &str = "logs";
 
 /// A map of its own for each `sk_lookup` instance.
 const CONSTANTS: &str = "CONSTANTS";
@@ -42,6 +49,8 @@ pub(super) struct Loader {
 
 impl Loader {
     pub(super) fn new(pins: &Path) -> Self {
+        // A buffer of records has one reader: each agent has its own, and the former one keeps its.
+        let _ = std::fs::remove_file(pins.join(LOGS_PIN));
         let mut loader = EbpfLoader::new();
         for (map, pin) in SHARED_MAPS {
             loader.map_pin_path(map, pins.join(pin));
@@ -80,6 +89,11 @@ impl Loaded {
         self.ebpf.take_map(name).ok_or(KernelError::Missing(name))
     }
 
+    /// Follows what the programs write to the log, if they do.
+    pub(super) fn log(&mut self) -> io::Result<Option<VerdictLog>> {
+        VerdictLog::start(&mut self.ebpf)
+    }
+
     fn map_mut(&mut self, name: &'static str) -> Result<&mut Map, KernelError> {
         self.ebpf.map_mut(name).ok_or(KernelError::Missing(name))
     }
@@ -99,12 +113,30 @@ impl Loaded {
     }
 }
 
+/// The verifier gives up with EAGAIN when a signal reaches the thread meanwhile; libbpf, too, tries
+/// five times.
+const VERIFIER_TRIES: u32 = 5;
+
 fn load(program: &mut Program) -> Result<&ProgramFd, ProgramError> {
-    match program {
-        Program::CgroupSockAddr(program) => program.load()?,
-        Program::SockOps(program) => program.load()?,
-        Program::SkLookup(program) => program.load()?,
-        _ => return Err(ProgramError::UnexpectedProgramType),
+    for _ in 1..VERIFIER_TRIES {
+        match verify(program) {
+            Err(ProgramError::LoadError { io_error, .. })
+                if io_error.kind() == io::ErrorKind::WouldBlock => {}
+            verified => {
+                verified?;
+                return program.fd();
+            }
+        }
     }
+    verify(program)?;
     program.fd()
+}
+
+fn verify(program: &mut Program) -> Result<(), ProgramError> {
+    match program {
+        Program::CgroupSockAddr(program) => program.load(),
+        Program::SockOps(program) => program.load(),
+        Program::SkLookup(program) => program.load(),
+        _ => Err(ProgramError::UnexpectedProgramType),
+    }
 }
