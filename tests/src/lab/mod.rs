@@ -311,6 +311,10 @@ impl Inner {
             Cgroup::create(&pod.cgroup)?;
             network::connect_pod(self.state.node(&pod.node)?, pod)?;
         }
+        let nodes = self.state.nodes.iter().map(|node| &node.netns);
+        for netns in nodes.chain(pods.iter().map(|pod| &pod.netns)) {
+            network::settle(&Netns::at(netns))?;
+        }
         self.publish()?;
         Ok(pods)
     }

@@ -3,6 +3,7 @@
 //! Every link is made inside the lab's own namespaces, so labs cannot meet, nor touch the machine's network.
 
 use std::net::Ipv4Addr;
+use std::time::Duration;
 
 use anyhow::Result;
 
@@ -10,11 +11,15 @@ use super::builder::Side;
 use super::plan::{node_v4, node_v6, pod_v4, pod_v6};
 use super::state::{NodeRecord, PodRecord};
 use crate::netns::Netns;
+use crate::wait;
 
 /// The link between the nodes, as each has it. Nothing but what pods say to each other goes over it.
 pub(super) const WIRE: &str = "wire";
 /// Where the CA listens; every node reaches it over a link of its own.
 pub(super) const CONTROL: Ipv4Addr = Ipv4Addr::new(172, 31, 0, 1);
+
+/// Longest wait for links to be up.
+const SETTLED: Duration = Duration::from_secs(10);
 
 /// No waiting for duplicate addresses: there are none.
 const HOST: &[(&str, &str)] = &[
@@ -118,6 +123,27 @@ pub(super) fn connect_pod(node: &NodeRecord, pod: &PodRecord) -> Result<()> {
     }
     Netns::at(&node.netns).ip(&outside)?;
     netns.ip(&inside)
+}
+
+/// Waits until every IPv6 address may be used. The kernel says that a new link is up as late as a
+/// second afterwards, and until then its addresses are tentative and answer nobody: a CNI plugin
+/// waits for the same.
+pub(super) fn settle(netns: &Netns) -> Result<()> {
+    let what = format!("the addresses of {}", netns.path().display());
+    wait::until_true(&what, SETTLED, || {
+        netns.enter(|| {
+            let addresses = std::fs::read_to_string("/proc/thread-self/net/if_inet6")?;
+            Ok(!addresses.lines().any(is_tentative))
+        })
+    })
+}
+
+/// Whether a line of if_inet6 (address, index, prefix, scope, flags, name) has IFA_F_TENTATIVE.
+fn is_tentative(line: &str) -> bool {
+    line.split_whitespace()
+        .nth(4)
+        .and_then(|flags| u32::from_str_radix(flags, 16).ok())
+        .is_some_and(|flags| flags & 0x40 != 0)
 }
 
 /// Takes a pod's link away, and lets go of its namespace.
