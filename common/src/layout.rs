@@ -93,7 +93,7 @@ mod tests {
         assert_eq!(size_of::<ListenerKey>(), 8 + 4 + 4);
         assert_eq!(size_of::<Target>(), 16 + 4);
         assert_eq!(size_of::<Tuple>(), 16 + 16 + 2 + 2);
-        assert_eq!(size_of::<Admission>(), 8 + 8 + 4 + 4);
+        assert_eq!(size_of::<Admission>(), 8 + 8 + 8 + 4 + 4);
         assert_eq!(size_of::<Pod>(), 16 + 16 + 4 + 4);
         assert_eq!(size_of::<PodConstants>(), 8 + 40);
         assert_eq!(size_of::<NativeTraffic>(), 5 * 8);

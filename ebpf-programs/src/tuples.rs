@@ -92,6 +92,7 @@ fn admit(ctx: &SockOpsContext, socket_cookie: u64) {
     let admission = Admission {
         socket_cookie,
         netns_cookie,
+        arrived_in: 0,
         scope: scope as u32,
         reserved: 0,
     };
@@ -113,7 +114,7 @@ fn admit(ctx: &SockOpsContext, socket_cookie: u64) {
 #[inline(always)]
 fn closed(ctx: &SockOpsContext) {
     let tuple = tuple(ctx);
-    // SAFETY: read at once; entries are never changed in place.
+    // SAFETY: read at once; the owner of an entry is never changed in place.
     let owner = unsafe { ADMITTED.get(tuple) }.map(|admission| admission.socket_cookie);
     let Some(owner) = owner else {
         return add_native(ctx);

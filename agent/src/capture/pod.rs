@@ -66,7 +66,13 @@ pub enum Dial {
     Direct(SocketAddr),
     /// The same, and the destination pod's kernel side lets it through to the app: for connections
     /// that the agent has authorized, on its own node.
-    Admitted(SocketAddr),
+    Admitted {
+        /// Address and port of the pod.
+        destination: SocketAddr,
+        /// Cookie of the pod's network namespace: it must be the one that lets the connection through. Its
+        /// address may have gone to another pod, of which nobody told the agent yet.
+        netns_cookie: u64,
+    },
     /// To the pod's own app over lo, as if from the client.
     Deliver {
         /// The client as the app shall see it. The port is a hint only: the app sees another.
@@ -90,6 +96,9 @@ pub enum DialError {
         /// What the kernel said.
         source: io::Error,
     },
+    /// The address is another pod's by now, or nobody's of the mesh: no byte was sent there.
+    #[error("{0} does not belong to the pod any more that it was known for")]
+    Misdirected(SocketAddr),
     /// All source ports that were tried are in use.
     #[error("no source port is free for {0}")]
     NoSourcePort(SocketAddr),
@@ -148,7 +157,9 @@ impl From<DialError> for io::Error {
     fn from(error: DialError) -> Self {
         let kind = match &error {
             DialError::Refused(_) => io::ErrorKind::ConnectionRefused,
-            DialError::Unreachable { .. } => io::ErrorKind::HostUnreachable,
+            DialError::Unreachable { .. } | DialError::Misdirected(_) => {
+                io::ErrorKind::HostUnreachable
+            }
             DialError::NoSourcePort(_) => io::ErrorKind::AddrNotAvailable,
             DialError::Gone => io::ErrorKind::NotConnected,
             DialError::Netns(_) | DialError::Kernel(_) => io::ErrorKind::Other,
@@ -233,8 +244,14 @@ impl EnrolledPod {
     async fn dial(&self, dial: Dial) -> Result<TcpStream, DialError> {
         match dial {
             Dial::Direct(destination) => self.direct(unmapped(destination), Intent::Own).await,
-            Dial::Admitted(destination) => {
-                self.direct(unmapped(destination), Intent::Admitted).await
+            Dial::Admitted {
+                destination,
+                netns_cookie,
+            } => {
+                let destination = unmapped(destination);
+                let stream = self.direct(destination, Intent::Admitted).await?;
+                self.check_arrival(&stream, destination, netns_cookie)?;
+                Ok(stream)
             }
             Dial::Deliver {
                 source,
@@ -257,6 +274,30 @@ impl EnrolledPod {
         sockets::bind_own(&socket, own, destination).map_err(failed)?;
         self.start(&socket, destination, intent)?;
         established(socket).await.map_err(failed)
+    }
+
+    /// The handshake is done, but with whom? The kernel side of the right pod noted that it let the SYN
+    /// through; one that is not in the mesh notes nothing.
+    fn check_arrival(
+        &self,
+        stream: &TcpStream,
+        destination: SocketAddr,
+        wanted: u64,
+    ) -> Result<(), DialError> {
+        // The own address leads nowhere else, and what a pod says to itself needs no admission.
+        if self.addresses.contains(destination.ip()) {
+            return Ok(());
+        }
+        let failed = |error| dial_error(destination, error);
+        let source = unmapped(stream.local_addr().map_err(failed)?);
+        if self.kernel.arrived_in(source, destination)? == Some(wanted) {
+            return Ok(());
+        }
+        // The note ends with the connection, which the app may have reset already.
+        match stream.take_error().map_err(failed)? {
+            Some(error) => Err(failed(error)),
+            None => Err(DialError::Misdirected(destination)),
+        }
     }
 
     async fn deliver(

@@ -107,9 +107,12 @@ impl Outbound {
                     .unwrap_or_default();
                 authorize(mode, Some(&client.identity))
                     .map_err(|denied| Failure::new(FailureReason::Denied, denied.to_string()))?;
-                dial(pod, Dial::Admitted(endpoint.address), limit)
-                    .await
-                    .map(Upstream::Socket)
+                // The way is by what is enrolled here; a pod that left meanwhile has no namespace.
+                let admitted = Dial::Admitted {
+                    destination: endpoint.address,
+                    netns_cookie: enrolled.map_or(0, |destination| destination.netns_cookie()),
+                };
+                dial(pod, admitted, limit).await.map(Upstream::Socket)
             }
             Path::Plaintext => dial(pod, Dial::Direct(endpoint.address), limit)
                 .await
@@ -183,6 +186,7 @@ fn dial_failure(error: &DialError) -> Failure {
         DialError::Refused(_) => FailureReason::ConnectRefused,
         DialError::Unreachable { .. } => FailureReason::Unreachable,
         DialError::NoSourcePort(_) => FailureReason::NoSourcePort,
+        DialError::Misdirected(_) => FailureReason::PeerIdentity,
         DialError::Gone => return Failure::new(FailureReason::PodGone, error.to_string()),
         DialError::Netns(_) | DialError::Kernel(_) | DialError::Io { .. } => {
             FailureReason::Internal
@@ -289,6 +293,10 @@ mod tests {
             (
                 dial_failure(&DialError::Refused(peer())),
                 FailureReason::ConnectRefused,
+            ),
+            (
+                dial_failure(&DialError::Misdirected(peer())),
+                FailureReason::PeerIdentity,
             ),
             (
                 dial_failure(&DialError::NoSourcePort(peer())),

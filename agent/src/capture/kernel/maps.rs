@@ -41,6 +41,15 @@ impl<K: Pod, V: Pod> Table<K, V> {
         absent_is_fine(result, self.name, self.bound)
     }
 
+    /// The entry, none if there is none.
+    pub(super) fn get(&self, key: &K) -> Result<Option<V>, KernelError> {
+        match self.map.lock().get(key, 0) {
+            Ok(value) => Ok(Some(value)),
+            Err(MapError::KeyNotFound | MapError::ElementNotFound) => Ok(None),
+            Err(source) => Err(error(self.name, self.bound, source)),
+        }
+    }
+
     pub(super) fn keys(&self) -> Result<Vec<K>, KernelError> {
         let map = self.map.lock();
         let keys: Result<_, _> = map.keys().collect();

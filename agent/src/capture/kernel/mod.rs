@@ -16,12 +16,12 @@ mod verdict_log;
 use std::collections::BTreeSet;
 use std::fs::File;
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::{AsFd as _, BorrowedFd};
 use std::path::PathBuf;
 
 use parking_lot::Mutex;
-use undermesh_common::{Address, ListenerKey, PodConstants};
+use undermesh_common::{Address, ListenerKey, PodConstants, Tuple};
 
 pub use error::KernelError;
 pub use status::{
@@ -252,6 +252,25 @@ impl Kernel {
             kernel: self,
             socket_cookie,
         })
+    }
+
+    /// Cookie of the network namespace whose program let an admitted connection through, as it is known
+    /// from its SYN until its end; none where no pod's program saw it.
+    pub fn arrived_in(
+        &self,
+        source: SocketAddr,
+        destination: SocketAddr,
+    ) -> Result<Option<u64>, KernelError> {
+        let tuple = Tuple {
+            source: source.ip().into(),
+            destination: destination.ip().into(),
+            source_port: source.port(),
+            destination_port: destination.port(),
+        };
+        let admission = self.maps.admitted.get(&tuple)?;
+        Ok(admission
+            .map(|admission| admission.arrived_in)
+            .filter(|&cookie| cookie != 0))
     }
 
     /// Every verdict by its name, and how often it was given since the maps were made.

@@ -224,7 +224,11 @@ async fn a_delivery_goes_round_real_connections_that_nobody_told_it_of() {
         .run(move || TcpListener::bind(destination).unwrap());
     let mut real = Vec::new();
     for _ in 0..2 {
-        let stream = from.connect(Dial::Admitted(destination)).await.unwrap();
+        let admitted = Dial::Admitted {
+            destination,
+            netns_cookie: enrolled.netns_cookie(),
+        };
+        let stream = from.connect(admitted).await.unwrap();
         real.push((stream, app.accept().unwrap()));
     }
     // In three deliveries each port has its turn.
@@ -412,6 +416,7 @@ async fn the_agents_own_connections_leave_from_the_pods_address_and_are_not_capt
         panic!("two pods");
     };
     let from = running.capture.enrolled(&client.uid()).unwrap();
+    let enrolled = running.capture.enrolled(&pod.uid()).unwrap();
     for (to, own) in [(pod.v4(15_008), client.v4), (pod.v6(15_008), client.v6)] {
         let stream = from.connect(Dial::Direct(to)).await.unwrap();
         let accepted = running.next().await;
@@ -422,12 +427,25 @@ async fn the_agents_own_connections_leave_from_the_pods_address_and_are_not_capt
     }
     for (to, own) in [(pod.v4(8080), client.v4), (pod.v6(8080), client.v6)] {
         let app = server(pod, to);
-        let stream = from.connect(Dial::Admitted(to)).await.unwrap();
+        let dial = |netns_cookie| Dial::Admitted {
+            destination: to,
+            netns_cookie,
+        };
+        let right = dial(enrolled.netns_cookie());
+        let stream = from.connect(right).await.unwrap();
         assert_eq!(converse(stream).await, "welcome");
         let (peer, _, _) = joined(app).await;
         assert_eq!(peer.ip(), own);
         // Nobody listens any more.
-        let error = from.connect(Dial::Admitted(to)).await.unwrap_err();
+        let error = from.connect(right).await.unwrap_err();
         assert!(matches!(error, DialError::Refused(_)), "{error:?}");
+        // The address went to another pod: whoever answers there hears nothing.
+        let app = pod.namespace.run(move || TcpListener::bind(to).unwrap());
+        let error = from.connect(dial(from.netns_cookie())).await.unwrap_err();
+        assert!(matches!(error, DialError::Misdirected(_)), "{error:?}");
+        let mut heard = Vec::new();
+        let end = app.accept().unwrap().0.read_to_end(&mut heard).unwrap_err();
+        assert_eq!(end.kind(), io::ErrorKind::ConnectionReset);
+        assert!(heard.is_empty());
     }
 }
