@@ -4,6 +4,7 @@ mod build;
 mod cluster;
 mod debian;
 mod demo;
+mod kernels;
 mod lab;
 mod programs;
 mod report;

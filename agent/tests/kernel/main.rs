@@ -4,6 +4,7 @@
 mod arrival;
 mod capture;
 mod fixture;
+mod instructions;
 #[cfg(debug_assertions)]
 mod log;
 mod pins;
