@@ -83,6 +83,14 @@ pub struct Kernel {
     _log: Option<VerdictLog>,
 }
 
+/// The agent that attached what is there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Predecessor {
+    Gone,
+    /// It may be between a registration and its end.
+    Connecting,
+}
+
 /// The programs at the cgroup: name, pin, hook.
 const CGROUP_PROGRAMS: [(&str, &str, AttachType); 3] = [
     (SOCK_OPS, "link_sock_ops", AttachType::SockOps),
@@ -99,6 +107,15 @@ impl Kernel {
     ///
     /// What an agent of another layout left keeps running until [`Kernel::clear_former_layouts`].
     pub fn load(options: &KernelOptions) -> Result<Self, KernelError> {
+        Self::attach(options, Predecessor::Gone)
+    }
+
+    /// The same, beside an agent that still opens connections.
+    pub fn load_beside(options: &KernelOptions) -> Result<Self, KernelError> {
+        Self::attach(options, Predecessor::Connecting)
+    }
+
+    fn attach(options: &KernelOptions, predecessor: Predecessor) -> Result<Self, KernelError> {
         let pins = Pins::open(&options.pins)?;
         let cgroup = File::open(&options.cgroup)
             .map_err(KernelError::file("open cgroup", &options.cgroup))?;
@@ -131,7 +148,9 @@ impl Kernel {
             reach: Reach::Unknown,
             _log: log,
         };
-        kernel.forget_leftover_intents(&intents)?;
+        if predecessor == Predecessor::Gone {
+            kernel.forget_leftover_intents(&intents)?;
+        }
         kernel.reach = Reach::probe(&kernel)?;
         if kernel.reach != Reach::Seen {
             let FeatureStatus { name, reason, .. } = kernel.reach.feature();
@@ -153,6 +172,13 @@ impl Kernel {
     /// (`bounds::TARGETS`) the former ones stay and the error names it.
     pub fn set_targets(&self, targets: &BTreeSet<CaptureTarget>) -> Result<(), KernelError> {
         targets::change(&self.maps.targets, &mut self.targets.lock(), targets)
+    }
+
+    /// Looks again which destinations the kernel holds, after another agent may have changed them.
+    pub fn reread_targets(&self) -> Result<(), KernelError> {
+        let mut known = self.targets.lock();
+        *known = targets::read(&self.maps.targets)?;
+        Ok(())
     }
 
     /// Adds or replaces a pod. From now on its connections to the mesh are captured.
