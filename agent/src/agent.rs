@@ -104,9 +104,9 @@ pub enum AgentError {
     /// The kernel side.
     #[error(transparent)]
     Capture(#[from] CaptureError),
-    /// The kernel side could not be taken away.
+    /// The kernel side could not be taken away, or not replaced.
     #[error(transparent)]
-    Uninstall(#[from] EnrolError),
+    Kernel(#[from] EnrolError),
     /// The CA's address.
     #[error(transparent)]
     Authority(#[from] ClientError),
@@ -180,7 +180,11 @@ pub async fn run(
     let mut taken = match succession::find(&options).await? {
         Some(running) => {
             let now = snapshot.load();
-            Some(succession::prepare(running, &certificates, &now, &options.node).await?)
+            tokio::select! {
+                taken = succession::prepare(running, &certificates, &now, &options.node) => Some(taken?),
+                // The running agent was not touched.
+                () = stop.cancelled() => return Ok(()),
+            }
         }
         None => None,
     };
@@ -253,10 +257,12 @@ pub async fn run(
         .unwrap_or_default();
     let admin = Admin::bind_with(&addresses, Arc::new(state), handed).await?;
     let copies = admin.copies().map_err(HandoverError::from)?;
-    if let Some(taken) = taken {
+    if taken.is_some() || capture.waits_for_replacement() {
         let refused = manifests.statuses().borrow().errors_total;
+        let now = snapshot.load_full();
+        succession::want(&certificates, &now, &options.node);
         capture.keep_leftovers(refused > 0);
-        capture.apply(snapshot.load_full());
+        capture.apply(now);
         succession::complete(taken, &capture, &slots).await?;
     }
     let serving = background.child_token();

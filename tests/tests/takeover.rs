@@ -1,5 +1,8 @@
 //! A successor takes over from a running agent, and what is left if either of them dies meanwhile.
 
+use std::ffi::OsString;
+use std::fs;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
@@ -7,7 +10,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use undermesh_lab::figures::Witness;
 use undermesh_lab::process::Process;
-use undermesh_lab::traffic::{ClientOptions, Kind, ServeOptions};
+use undermesh_lab::traffic::{ClientOptions, Failure, Kind, ServeOptions};
 use undermesh_lab::{Lab, LabBuilder, PodSpec, ServiceSpec, Side, wait};
 
 const ECHO: u16 = 7000;
@@ -116,6 +119,70 @@ fn a_successor_that_dies_midway_leaves_the_running_agent_at_work() -> Result<()>
     Ok(())
 }
 
+/// Makes what the agent of a node has pinned that of an agent of another layout.
+fn call_former(lab: &Lab, side: Side) -> Result<()> {
+    let pins = pins(lab, side)?;
+    let [own] = &layouts(&pins)?[..] else {
+        bail!("more than one layout in {}", pins.display());
+    };
+    Ok(fs::rename(pins.join(own), pins.join("00000000deadbeef"))?)
+}
+
+fn pins(lab: &Lab, side: Side) -> Result<PathBuf> {
+    Ok(lab.node(side)?.record().dir.join("bpf/undermesh"))
+}
+
+fn layouts(pins: &Path) -> Result<Vec<OsString>> {
+    let entries = fs::read_dir(pins)?;
+    Ok(entries
+        .map(|entry| entry.map(|entry| entry.file_name()))
+        .collect::<Result<_, _>>()?)
+}
+
+/// Whether exactly one layout is left, and it is not the former.
+fn is_cleared(lab: &Lab, side: Side) -> Result<bool> {
+    let left = layouts(&pins(lab, side)?)?;
+    Ok(left.len() == 1 && left[0] != "00000000deadbeef")
+}
+
+#[test]
+fn an_agent_of_another_layout_takes_over_or_follows_and_nothing_goes_past_the_mesh() -> Result<()> {
+    let lab = pods().start()?;
+    let (near, _far) = (
+        lab.pod("near")?.serve(serve())?,
+        lab.pod("far")?.serve(serve())?,
+    );
+    let client = lab.pod("client")?;
+    let running = client.start_traffic(&storm(&lab)?)?;
+    wait::until_true("the storm", LIMIT, || Ok(running.report()?.proxied > 20))?;
+    call_former(&lab, Side::A)?;
+    let mut old = lab.take_over(Side::A)?;
+    wait::until_true("one layout", LIMIT, || is_cleared(&lab, Side::A))?;
+    assert!(old.wait(LIMIT)?.success(), "{}", old.output());
+    let taken_over = running.stop(LIMIT)?;
+    assert_eq!(
+        (taken_over.failed, taken_over.direct),
+        (0, 0),
+        "{taken_over:?}"
+    );
+
+    let running = client.start_traffic(&storm(&lab)?)?;
+    wait::until_true("the storm", LIMIT, || Ok(running.report()?.proxied > 20))?;
+    lab.end_agent(Side::A, Signal::SIGKILL)?;
+    call_former(&lab, Side::A)?;
+    lab.start_agent(Side::A)?;
+    wait::until_true("one layout", LIMIT, || is_cleared(&lab, Side::A))?;
+    let followed = running.stop(LIMIT)?;
+    assert_eq!(followed.direct, 0, "{followed:?}");
+    assert!(followed.failed_by(Failure::Refused) > 0, "{followed:?}");
+    assert_eq!(near.report()?.direct, 0);
+    let witness = Witness::start(&lab)?;
+    let report = client.traffic(&ClientOptions::echo(lab.service("far", 80)?).connections(10))?;
+    assert_eq!((report.ok, report.failed), (10, 0), "{report:?}");
+    witness.expect(10, 0)?;
+    Ok(())
+}
+
 /// Stops the CA or lets it go on.
 fn signal_authority(lab: &Lab, signal: Signal) -> Result<()> {
     for pid in lab.authority().place().cgroup.processes()? {
@@ -137,17 +204,16 @@ fn a_successor_without_certificates_does_not_take_over_even_if_the_running_agent
     let before = agent.pid()?;
     // The CA does not know this token, which the running agent did not read.
     let kept = lab.node(Side::A)?.record().dir.join("token");
-    let right = std::fs::read(&kept)?;
-    std::fs::write(&kept, "wrong")?;
-    let starts = || {
-        std::fs::read_to_string(agent.log()).map(|log| log.matches("manifests in force").count())
-    };
+    let right = fs::read(&kept)?;
+    fs::write(&kept, "wrong")?;
+    let starts =
+        || fs::read_to_string(agent.log()).map(|log| log.matches("manifests in force").count());
     let so_far = starts()?;
     let mut successor = agent.spawn_successor(&[], &[])?;
     wait::until_true("the successor to start", LIMIT, || Ok(starts()? > so_far))?;
     signal_authority(&lab, Signal::SIGCONT)?;
     let ended = successor.wait(LIMIT)?;
-    std::fs::write(&kept, right)?;
+    fs::write(&kept, right)?;
     assert!(!ended.success());
     assert_eq!(agent.pid()?, before);
     let to = lab.service("far", 80)?;

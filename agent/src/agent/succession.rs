@@ -86,15 +86,48 @@ pub(super) async fn prepare(
     })
 }
 
-/// Accepts for every pod, lets the running agent stop, and probes.
+/// Accepts for every pod, lets the running agent stop, if there is one, and probes.
 pub(super) async fn complete(
-    taken: Taken,
+    taken: Option<Taken>,
     capture: &Capture,
     handed: &[ListenerSlot],
-) -> Result<(), HandoverError> {
+) -> Result<(), AgentError> {
     let late = |_| HandoverError::Unready("the pods are not laid in time".to_owned());
-    timeout(LIMIT, capture.laid()).await.map_err(late)?;
-    // A pod that the running agent serves and that is wanted here must be served here.
+    match &taken {
+        Some(_) => timeout(LIMIT, capture.laid()).await.map_err(late)?,
+        // The kernel does what the failure mode says meanwhile, and each attempt has its own limit.
+        None => capture.laid().await,
+    }
+    check_served(capture, handed)?;
+    if capture.waits_for_replacement() {
+        // Not before the running agent has stopped: its own connections are not known to other programs.
+        if let Some(taken) = taken {
+            taken.accepting().await?;
+        }
+        capture.replace_programs().await?;
+        capture.accept();
+        tracing::info!("replaced the programs of another layout");
+    } else {
+        capture.accept();
+        if let Some(taken) = taken {
+            taken.accepting().await?;
+        }
+    }
+    capture.go_alone();
+    tracing::info!(listeners = handed.len(), "took over");
+    let probed = async {
+        while !capture.synced() {
+            tokio::time::sleep(DRAIN_CHECK).await;
+        }
+    };
+    if timeout(PROBES, probed).await.is_err() {
+        tracing::warn!("not every pod was probed in time");
+    }
+    Ok(())
+}
+
+/// A pod that the running agent serves and that is wanted here must be served here.
+fn check_served(capture: &Capture, handed: &[ListenerSlot]) -> Result<(), HandoverError> {
     let served = capture.served();
     for pod in capture.pods() {
         let Some(cookie) = pod.netns_cookie else {
@@ -107,18 +140,6 @@ pub(super) async fn complete(
             let what = format!("{name}: its {:?} listener: {why}", slot.kind);
             return Err(HandoverError::Unready(what));
         }
-    }
-    capture.accept();
-    taken.accepting().await?;
-    capture.go_alone();
-    tracing::info!(listeners = handed.len(), "took over from the running agent");
-    let probed = async {
-        while !capture.synced() {
-            tokio::time::sleep(DRAIN_CHECK).await;
-        }
-    };
-    if timeout(PROBES, probed).await.is_err() {
-        tracing::warn!("not every pod was probed in time");
     }
     Ok(())
 }

@@ -346,6 +346,29 @@ pub(super) enum Followed {
     NeedsNewEnrolment,
 }
 
+/// Declares a pod that cannot be laid, without listeners: STRICT refuses. For programs that replace those of
+/// another layout, which had it.
+pub(super) async fn shut(
+    tools: &Tools,
+    workload: &Workload,
+    mode: Mode,
+    netns: &Arc<Netns>,
+) -> Result<(), EnrolError> {
+    let PodAddresses { v4, v6 } = workload.addresses.iter().copied().collect();
+    let record = PodRecord {
+        netns_cookie: netns.cookie(),
+        v4,
+        v6,
+        mode,
+    };
+    let netns = netns.clone();
+    on_kernel(&tools.kernel, move |kernel| {
+        kernel.attach_lookup(netns.as_fd(), &record)?;
+        kernel.put_pod(&record)
+    })
+    .await
+}
+
 /// Takes away whatever was laid in a namespace, by whomever, at once.
 pub(super) async fn unlay(tools: &Tools, netns: &Netns) -> Result<(), EnrolError> {
     let cookie = netns.cookie();

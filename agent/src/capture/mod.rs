@@ -100,7 +100,11 @@ impl Capture {
         handler: Arc<dyn Handler>,
     ) -> Result<Arc<Self>, CaptureError> {
         let kernel = Kernel::load(&options.kernel)?;
-        Self::start_with(options, handler, kernel, Shelf::first())
+        let shelf = match kernel.is_staged() {
+            true => Shelf::after(Vec::new()),
+            false => Shelf::first(),
+        };
+        Self::start_with(options, handler, kernel, shelf)
     }
 
     /// The same beside an agent that still accepts at these listeners, and rests otherwise. Pods
@@ -238,6 +242,19 @@ impl Capture {
         drop(held);
         self.wanted.send_modify(|_| {});
         restored.map(|_| ())
+    }
+
+    /// Whether programs of another layout are in force. Then pods are laid as by
+    /// [`Capture::start_beside`], and [`Capture::replace_programs`] comes before [`Capture::accept`].
+    #[must_use]
+    pub fn waits_for_replacement(&self) -> bool {
+        self.tools.kernel.is_staged()
+    }
+
+    /// Puts this agent's programs in place of those of another layout: no other agent accepts any
+    /// more, and what is opened meanwhile waits in the listeners' queues.
+    pub async fn replace_programs(&self) -> Result<(), EnrolError> {
+        on_kernel(&self.tools.kernel, Kernel::replace_former).await
     }
 
     /// Returns once every pod of the first snapshot is laid, or has failed to be.

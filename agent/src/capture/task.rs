@@ -214,6 +214,9 @@ impl PodTask {
                     self.unlay(&netns).await;
                     self.half_laid = None;
                 }
+                if mode == Mode::Strict && self.tools.kernel.is_staged() {
+                    enrol::shut(&self.tools, workload, mode, &netns).await?;
+                }
                 return Err(error);
             }
         };
