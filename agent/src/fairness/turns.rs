@@ -29,6 +29,13 @@ const QUANTUM: Duration = Duration::from_micros(500);
 /// Pods count as busy at the same time when they take turns within this.
 const CONTENTION: Duration = Duration::from_millis(20);
 
+/// Work of a pod that waits for longer than this, and never for less in a whole [`OVERDUE_FOR`], is more than the pod's
+/// share can carry (the rule of CoDel, RFC 8289, with bounds of a request's scale). New requests are shed then.
+const OVERDUE_AFTER: Duration = Duration::from_millis(250);
+
+/// See [`OVERDUE_AFTER`].
+const OVERDUE_FOR: Duration = Duration::from_secs(1);
+
 /// No pod has this number.
 const NOBODY: u64 = u64::MAX;
 
@@ -103,8 +110,20 @@ impl<C: Clock> Fairness<C> {
         Turns {
             share: self.share(pod),
             task,
-            released: false,
+            parked: None,
         }
+    }
+
+    /// Whether all of this pod's work has been waiting for too long.
+    pub fn is_overdue(&self, pod: u64) -> bool {
+        if !self.contended.load(Ordering::Relaxed) {
+            return false;
+        }
+        let share = self.shares.lock().get(&pod).and_then(Weak::upgrade);
+        share.is_some_and(|share| {
+            let late_since = share.state.lock().late_since;
+            late_since.is_some_and(|since| self.clock.now().saturating_sub(since) >= OVERDUE_FOR)
+        })
     }
 
     /// How often a task had to wait for its pod's next turn.
@@ -164,6 +183,8 @@ struct State {
     /// in vain.
     parked: VecDeque<Waker>,
     turnstile: Turnstile,
+    /// Since when every task that was parked waited for longer than [`OVERDUE_AFTER`].
+    late_since: Option<Duration>,
 }
 
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -178,12 +199,25 @@ impl<C: Clock> Share<C> {
     fn admit(self: &Arc<Self>, waker: &Waker) -> bool {
         let mut state = self.state.lock();
         if state.used < QUANTUM {
+            if state.parked.is_empty() {
+                state.late_since = None;
+            }
             return true;
         }
         self.all.parked.fetch_add(1, Ordering::Relaxed);
         state.parked.push_back(waker.clone());
         self.turn(&mut state);
         false
+    }
+
+    /// A task waited from `parked` to `now`.
+    fn waited(&self, parked: Duration, now: Duration) {
+        let mut state = self.state.lock();
+        if now.saturating_sub(parked) < OVERDUE_AFTER {
+            state.late_since = None;
+        } else {
+            state.late_since.get_or_insert(now);
+        }
     }
 
     fn charge(self: &Arc<Self>, took: Duration) {
@@ -233,8 +267,8 @@ pin_project! {
         share: Arc<Share<C>>,
         #[pin]
         task: F,
-        // It was parked, and has not run since.
-        released: bool,
+        // When it was parked, if it has not run since.
+        parked: Option<Duration>,
     }
 }
 
@@ -244,17 +278,19 @@ impl<F: Future, C: Clock> Future for Turns<F, C> {
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<F::Output> {
         let this = self.project();
         let all = &this.share.all;
+        let parked = this.parked.take();
         if !all.enter(this.share.pod) {
-            *this.released = false;
             return this.task.poll(cx);
         }
         // Who has waited goes: its pod's quantum was counted out for it.
-        if !*this.released && !this.share.admit(cx.waker()) {
-            *this.released = true;
+        if parked.is_none() && !this.share.admit(cx.waker()) {
+            *this.parked = Some(all.clock.now());
             return Poll::Pending;
         }
-        *this.released = false;
         let start = all.clock.now();
+        if let Some(parked) = parked {
+            this.share.waited(parked, start);
+        }
         let outcome = this.task.poll(cx);
         this.share.charge(all.clock.now().saturating_sub(start));
         outcome
@@ -356,6 +392,29 @@ mod tests {
         tokio::spawn(fairness.turns(2, request)).await.unwrap();
         let longest = longest.load(Ordering::Relaxed);
         assert!(longest <= 2 * 500 + 20, "waited {longest} µs");
+    }
+
+    #[tokio::test]
+    async fn a_pod_that_asks_for_far_more_than_its_share_is_overdue_and_its_neighbour_is_not() {
+        let clock = Simulated::default();
+        let fairness = Fairness::start(clock.clone(), CancellationToken::new());
+        let work = |_| Work {
+            clock: clock.clone(),
+            ..Work::default()
+        };
+        let [flooder, neighbour] = [0, 1].map(work);
+        let flood: Vec<_> = (0..3_000)
+            .map(|_| tokio::spawn(fairness.turns(1, flooder.endless(200))))
+            .collect();
+        let _one = tokio::spawn(fairness.turns(2, neighbour.endless(20)));
+        let_run(&clock, 6_000_000).await;
+        assert!(fairness.is_overdue(1));
+        assert!(!fairness.is_overdue(2) && !fairness.is_overdue(3));
+        for task in &flood[10..] {
+            task.abort();
+        }
+        let_run(&clock, 2_000_000).await;
+        assert!(!fairness.is_overdue(1));
     }
 
     #[tokio::test]
