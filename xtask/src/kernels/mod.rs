@@ -13,6 +13,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, bail, ensure};
 use clap::Args;
 use serde_json::Value;
+use undermesh_lab::interrupt;
 
 use self::instructions::Instructions;
 use self::machine::{Job, Outcome};
@@ -55,6 +56,7 @@ pub fn run(options: &Options) -> Result<ExitCode> {
     let mut counted = Instructions::default();
     let mut failures = Vec::new();
     for version in VERSIONS {
+        interrupt::check()?;
         match one(version, &[OF_PROGRAMS, OF_CAPTURE], &mut counted) {
             Ok((passed, failed)) => println!("{}: {passed} passed, {failed} failed", version.name),
             Err(error) => failures.push(format!("{}: {error:#}", version.name)),

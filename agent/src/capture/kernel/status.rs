@@ -113,7 +113,10 @@ impl Kernel {
             foreign_programs: self.foreign_programs(),
             maps: self.map_fill(),
             verdicts: self.counters().into_iter().collect(),
-            features: FEATURES.into_iter().chain([self.reach.feature()]).collect(),
+            features: FEATURES
+                .into_iter()
+                .chain([self.reach.lock().feature()])
+                .collect(),
         }
     }
 
