@@ -1,8 +1,9 @@
 //! Every kind of connect, on v4 and v6.
 
 use anyhow::Result;
+use clap::ValueEnum;
 use serde_json::{Map, Value, json};
-use undermesh_lab::connects::{self, Extent};
+use undermesh_lab::connects::{self, Extent, Kind};
 
 use crate::programs;
 use crate::report::Checks;
@@ -13,19 +14,24 @@ pub fn run() -> Result<(Checks, Map<String, Value>)> {
         "{:<26} {:>9} {:>8} {:>8} {:>8} {:>8} {:>12}",
         "kind", "expected", "attempts", "right", "server", "agents", "destination"
     );
-    let by_kind = connects::run(Some(binaries), Extent::Full, |result| {
-        println!(
-            "{:<26} {:>9} {:>8} {:>8} {:>8} {:>8} {:>12} {}",
-            result.kind,
-            result.expected,
-            result.attempts,
-            result.right,
-            result.server,
-            result.agents,
-            result.destination,
-            result.errors.first().map_or("", String::as_str)
-        );
-    })?;
+    let by_kind = connects::run(
+        Some(binaries),
+        Extent::Full,
+        Kind::value_variants(),
+        |result| {
+            println!(
+                "{:<26} {:>9} {:>8} {:>8} {:>8} {:>8} {:>12} {}",
+                result.kind,
+                result.expected,
+                result.attempts,
+                result.right,
+                result.server,
+                result.agents,
+                result.destination,
+                result.errors.first().map_or("", String::as_str)
+            );
+        },
+    )?;
     let attempts: u64 = by_kind.iter().map(|result| result.attempts).sum();
     let right: u64 = by_kind.iter().map(|result| result.right).sum();
     let mut checks = Checks::default();
