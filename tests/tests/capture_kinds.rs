@@ -7,23 +7,14 @@ use undermesh_lab::connects::{self, Extent, Kind};
 #[test]
 fn every_kind_of_connect_does_what_it_should_on_v4_and_v6() -> Result<()> {
     let mut kinds = Kind::value_variants().to_vec();
+    // Minutes, in a debug build: it is in `cargo xtask scenario capture`.
     kinds.retain(|kind| *kind != Kind::PastTheLimit);
-    check(&kinds)
-}
-
-#[test]
-fn a_pod_past_its_limit_is_served_up_to_it_and_every_connection_beyond_is_reset_and_counted()
--> Result<()> {
-    check(&[Kind::PastTheLimit])
-}
-
-fn check(kinds: &[Kind]) -> Result<()> {
-    let results = connects::run(None, Extent::Quick, kinds, |result| println!("{result:?}"))?;
+    let results = connects::run(None, Extent::Quick, &kinds, |result| println!("{result:?}"))?;
     let wrong: Vec<_> = results
         .iter()
         .filter(|result| result.right != result.attempts)
         .collect();
     assert!(wrong.is_empty(), "{wrong:#?}");
-    assert!(results.len() > kinds.len(), "{}", results.len());
+    assert!(results.len() > 50, "{}", results.len());
     Ok(())
 }

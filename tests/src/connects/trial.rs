@@ -77,6 +77,8 @@ pub fn run(
     let mut builder = Lab::builder()
         .pod(PodSpec::new("client").on(Side::A).strict())
         .pod(PodSpec::new("far").on(Side::B).strict())
+        .pod(PodSpec::new("near").on(Side::A).strict())
+        .service(ServiceSpec::new("near").port(80, ECHO))
         .service(ServiceSpec::new("far").port(80, ECHO).port(81, CLOSED))
         .service(ServiceSpec::new("client").port(80, ECHO))
         .without_agents();
@@ -104,6 +106,7 @@ struct Trial<'a> {
     client: PodHandle,
     program: String,
     far: Traffic<ServerReport>,
+    near: Traffic<ServerReport>,
     own: Traffic<ServerReport>,
 }
 
@@ -133,6 +136,7 @@ impl<'a> Trial<'a> {
             lab,
             program: program(lab),
             far: far.serve(ServeOptions::new().echo(ECHO))?,
+            near: lab.pod("near")?.serve(ServeOptions::new().echo(ECHO))?,
             own: client.serve(ServeOptions::new().echo(ECHO))?,
             client,
         })
@@ -178,6 +182,11 @@ impl<'a> Trial<'a> {
                 let v6 = std::net::SocketAddrV6::new(address, ECHO, 0, scope).into();
                 vec![own(LINK_LOCAL[0])?, v6]
             }
+            // Between nodes the tunnels to one pod have a bound of their own, which is met before.
+            Kind::PastTheLimit => vec![
+                self.lab.service("near", 80)?,
+                self.lab.service6("near", 80)?,
+            ],
             Kind::ToClosedPort => vec![self.lab.service("far", 81)?, self.lab.service6("far", 81)?],
             Kind::Hairpin => vec![
                 self.lab.service("client", 80)?,
@@ -229,8 +238,10 @@ impl<'a> Trial<'a> {
         } else {
             1
         };
-        let accepted =
-            || -> Result<u64> { Ok(self.far.report()?.accepted + self.own.report()?.accepted) };
+        let accepted = || -> Result<u64> {
+            let mut servers = [&self.far, &self.near, &self.own].into_iter();
+            servers.try_fold(0, |sum, server| Ok(sum + server.report()?.accepted))
+        };
         let log = self.lab.node(Side::A)?.agent().log();
         let (before, accepted_before, logged) = (
             Figures::read(self.lab)?,
