@@ -52,7 +52,7 @@ pub(super) fn write(ended: &EndedView) {
     );
 }
 
-fn shown(value: Option<&impl fmt::Display>) -> Option<String> {
+pub(super) fn shown(value: Option<&impl fmt::Display>) -> Option<String> {
     value.map(ToString::to_string)
 }
 
