@@ -322,9 +322,10 @@ impl fmt::Debug for ConnectionMetrics {
 
 #[cfg(test)]
 mod tests {
+    use super::super::http;
     use super::super::testing::{info, info_from, total, workload};
     use super::super::{
-        CloseReason, ConnectionInfo, Direction, End, FailureReason, Party, Security,
+        CloseReason, ConnectionInfo, Direction, End, FailureReason, Party, ResponseFlag, Security,
     };
     use super::*;
     use crate::mesh::{ObjectName, Service};
@@ -487,6 +488,7 @@ mod tests {
         telemetry
             .open(info())
             .fail(FailureReason::Denied, &"by policy");
+        http::tests::everything_that_requests_count(&telemetry);
         let metrics = telemetry.scrape().unwrap();
         let families = metrics
             .lines()
@@ -498,7 +500,9 @@ mod tests {
             .filter_map(|label| label.split('=').next());
         let values = FailureReason::ALL.map(FailureReason::as_str);
         let ends = CloseReason::ALL.map(CloseReason::as_str);
-        for name in families.chain(labels).chain(values).chain(ends) {
+        let flags = ResponseFlag::ALL.map(ResponseFlag::as_str);
+        let names = families.chain(labels).chain(values).chain(ends);
+        for name in names.chain(flags) {
             // `le` belongs to histograms as such.
             if name == "le" {
                 continue;

@@ -22,6 +22,8 @@ mod record;
 mod requester;
 pub(super) mod series;
 mod table;
+#[cfg(test)]
+pub(super) mod tests;
 
 pub use events::RequestEvent;
 pub use flag::{REASON_HEADER, ResponseFlag};

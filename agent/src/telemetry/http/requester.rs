@@ -110,6 +110,11 @@ impl Requester {
         RequestRecord::new(self.clone(), info)
     }
 
+    #[cfg(test)]
+    pub(super) fn scopes(&self) -> usize {
+        self.scopes.lock().len()
+    }
+
     /// The scope of these.
     pub(super) fn scope(
         &self,
