@@ -7,6 +7,7 @@ mod authorize;
 mod claims;
 mod config;
 mod node;
+pub mod route;
 mod service;
 mod snapshot;
 mod spiffe;
