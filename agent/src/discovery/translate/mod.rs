@@ -10,7 +10,7 @@ mod node;
 mod pod;
 mod service;
 
-pub use config::{MESH_CONFIG_API_VERSION, MeshConfigManifest, MeshConfigSpec, parse_duration};
+pub use config::{MESH_CONFIG_API_VERSION, MeshConfigManifest, MeshConfigSpec};
 pub use endpoints::{EndpointFacts, SliceFacts, TargetRef, derive_endpoints, slice_endpoints};
 pub use membership::{MESH_LABEL, MODE_ANNOTATION, NamespaceFacts};
 pub use node::node;
