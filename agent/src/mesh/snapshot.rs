@@ -305,6 +305,12 @@ impl Snapshot {
         }
     }
 
+    /// Status of a route.
+    #[must_use]
+    pub fn route_status(&self, route: &RouteId) -> Option<&Arc<RouteStatus>> {
+        self.routes.status(route)
+    }
+
     /// Statuses of all routes, by kind and name.
     pub fn route_statuses(&self) -> impl Iterator<Item = &Arc<RouteStatus>> {
         self.routes.statuses()
