@@ -14,7 +14,9 @@ use thiserror::Error;
 use tokio::time::{Instant, timeout_at};
 use tokio_util::sync::CancellationToken;
 
-use crate::admin::{Admin, AdminError, AdminOptions, AdminState, Column, Condition, Exposure};
+use crate::admin::{
+    Admin, AdminError, AdminOptions, AdminState, Column, Condition, Exposure, policies,
+};
 use crate::capture::{
     Accepted, Capture, CaptureError, CaptureOptions, EnrolError, Handler, KernelOptions, Role,
 };
@@ -206,6 +208,7 @@ pub async fn run(
         &manifests,
         &stop,
     );
+    let state = with_policies(state, &snapshot);
     let addresses = AdminOptions {
         admin: options.admin,
         exposure: Exposure::Loopback,
@@ -348,6 +351,18 @@ fn admin_state(
         })
         .view("certificates", &[], move || certificates.status())
         .view("tunnels", &[], move || pool.status())
+}
+
+/// What policies say, and which are not in force.
+fn with_policies(state: AdminState, snapshot: &SharedSnapshot) -> AdminState {
+    let (shown, refusing) = (snapshot.clone(), snapshot.clone());
+    state
+        .report("policies_refused", move || {
+            policies::refused(&refusing.load())
+        })
+        .view("policies", policies::POLICY_COLUMNS, move || {
+            policies::rows(&shown.load())
+        })
 }
 
 /// `/pods` as a table; JSON has the rest.
