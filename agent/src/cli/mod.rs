@@ -1,4 +1,5 @@
-//! The subcommands that ask a running agent: `undermesh status|connections|pods|certificates`.
+//! The subcommands that ask a running agent: `undermesh
+//! status|connections|pods|routes|certificates`.
 //!
 //! They print what the admin endpoint says, in its own tables, so that what is seen here and with
 //! `curl` is the same.
@@ -23,6 +24,8 @@ pub enum Command {
     Connections(ConnectionsQuery),
     /// List the pods of this node and how far each is enrolled
     Pods(Query),
+    /// List routes, whether they are in force, and what is wrong with those that are not
+    Routes(Query),
     /// List the certificates that this agent holds
     Certificates(Query),
 }
@@ -116,6 +119,7 @@ pub async fn run_to(
         Command::Status(query) => status(&query, out).await,
         Command::Connections(query) => connections(&query, out, remarks).await,
         Command::Pods(query) => show(&query, "/pods", out).await,
+        Command::Routes(query) => show(&query, "/routes", out).await,
         Command::Certificates(query) => show(&query, "/certificates", out).await,
     }
 }
@@ -318,9 +322,10 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn pods_and_certificates_are_the_views_of_those_names() {
+    async fn pods_routes_and_certificates_are_the_views_of_those_names() {
         let views = state()
             .view("pods", &[], || json!([{"name": "shop/web-0"}]))
+            .view("routes", &[], || json!([{"route": "HTTPRoute/shop/r"}]))
             .view(
                 "certificates",
                 &[],
@@ -328,6 +333,8 @@ mod tests {
             );
         let (admin, _stop) = serve(views).await;
         assert_eq!(run_line(admin, &["pods"]).await.1, "NAME\nshop/web-0\n");
+        let routes = run_line(admin, &["routes"]).await.1;
+        assert_eq!(routes, "ROUTE\nHTTPRoute/shop/r\n");
         let (result, printed, _) = run_line(admin, &["certificates", "--json"]).await;
         result.unwrap();
         assert!(printed.contains("spiffe://x/ns/a/sa/b"));

@@ -279,3 +279,7 @@ pub(super) fn is_grpc(head: &Parts) -> bool {
                 .is_some_and(|start| start.eq_ignore_ascii_case(TYPE))
         })
 }
+
+#[cfg(test)]
+#[path = "matching_tests.rs"]
+mod tests;
