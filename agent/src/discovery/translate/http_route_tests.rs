@@ -247,7 +247,7 @@ fn each_wrong_match_is_refused_with_its_field_and_reason() {
         refused(path("RegularExpression", "(.{1000}){1000}")),
         format!(
             "{at}\"(.{{1000}}){{1000}}\" is not a regular expression: \
-            compiled it is larger than 262144 bytes"
+            compiled it is larger than 65536 bytes"
         )
     );
     for (given, expected) in [
@@ -499,6 +499,28 @@ fn lists_are_bounded() {
         );
         assert_eq!(refused(rule), expected);
     }
+}
+
+#[test]
+fn matches_and_expressions_of_all_rules_together_are_bounded() {
+    let matches = Value::Array(vec![json!({}); 64]);
+    let rules = |count: usize| json!({"rules": vec![json!({"matches": matches}); count]});
+    assert!(facts(rules(2)).is_ok());
+    assert_eq!(
+        facts(rules(3)).unwrap_err(),
+        Fault::new("spec.rules", "have 192 matches together: at most 128")
+    );
+    let header = |index: usize| json!({"name": format!("h{index}"), "type": "RegularExpression", "value": "a+"});
+    let headers: Vec<Value> = (0..16).map(header).collect();
+    let matches = |count: usize| vec![json!({"headers": headers}); count];
+    assert!(facts(json!({"rules": [{"matches": matches(8)}]})).is_ok());
+    assert_eq!(
+        facts(json!({"rules": [{"matches": matches(9)}]})).unwrap_err(),
+        Fault::new(
+            "spec.rules",
+            "have 144 regular expressions together: at most 128"
+        )
+    );
 }
 
 #[test]
