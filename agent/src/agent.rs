@@ -199,6 +199,7 @@ pub async fn run(
     ));
     count(&telemetry, &capture, &certificates, &pool);
 
+    let routed = snapshot.clone();
     let state = admin_state(
         &options,
         &telemetry,
@@ -207,7 +208,8 @@ pub async fn run(
         &pool,
         &manifests,
         &stop,
-    );
+    )
+    .view("routes", ROUTE_COLUMNS, move || routed.load().route_views());
     let state = with_policies(state, &snapshot);
     let addresses = AdminOptions {
         admin: options.admin,
@@ -379,6 +381,17 @@ const POD_COLUMNS: &[Column] = &[
     column("NETNS_COOKIE", &["netns_cookie"]),
     column("NEXT_RETRY", &["next_retry"]),
     column("LAST_ERROR", &["last_error"]),
+];
+
+/// `/routes` as a table; JSON has the rules and all conditions.
+const ROUTE_COLUMNS: &[Column] = &[
+    column("ROUTE", &["route"]),
+    column("PARENT", &["parent"]),
+    column("ACCEPTED", &["accepted"]),
+    column("RESOLVED_REFS", &["resolved_refs"]),
+    column("REASON", &["reason"]),
+    column("MESSAGE", &["message"]),
+    column("NOTES", &["notes"]),
 ];
 
 const fn column(header: &'static str, fields: &'static [&'static str]) -> Column {

@@ -1,5 +1,5 @@
-//! The subcommands that ask a running agent: `undermesh status|connections|pods|certificates|
-//! breakers|policies`.
+//! The subcommands that ask a running agent: `undermesh
+//! status|connections|pods|routes|certificates|breakers|policies`.
 //!
 //! They print what the admin endpoint says, in its own tables, so that what is seen here and with
 //! `curl` is the same.
@@ -26,6 +26,8 @@ pub enum Command {
     Connections(ConnectionsQuery),
     /// List the pods of this node and how far each is enrolled
     Pods(Query),
+    /// List routes, whether they are in force, and what is wrong with those that are not
+    Routes(Query),
     /// List the certificates that this agent holds
     Certificates(Query),
     /// List the circuit breakers of this node's destinations, or force them open or closed
@@ -158,6 +160,7 @@ pub async fn run_to(
         Command::Status(query) => status(&query, out).await,
         Command::Connections(query) => connections(&query, out, remarks).await,
         Command::Pods(query) => show(&query, "/pods", out).await,
+        Command::Routes(query) => show(&query, "/routes", out).await,
         Command::Certificates(query) => show(&query, "/certificates", out).await,
         Command::Breakers(query) => breakers(&query, out).await,
         Command::Policies(query) => show(&query, "/policies", out).await,
@@ -460,9 +463,10 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn pods_and_certificates_are_the_views_of_those_names() {
+    async fn pods_routes_and_certificates_are_the_views_of_those_names() {
         let views = state()
             .view("pods", &[], || json!([{"name": "shop/web-0"}]))
+            .view("routes", &[], || json!([{"route": "HTTPRoute/shop/r"}]))
             .view(
                 "certificates",
                 &[],
@@ -470,6 +474,8 @@ mod tests {
             );
         let (admin, _stop) = serve(views).await;
         assert_eq!(run_line(admin, &["pods"]).await.1, "NAME\nshop/web-0\n");
+        let routes = run_line(admin, &["routes"]).await.1;
+        assert_eq!(routes, "ROUTE\nHTTPRoute/shop/r\n");
         let (result, printed, _) = run_line(admin, &["certificates", "--json"]).await;
         result.unwrap();
         assert!(printed.contains("spiffe://x/ns/a/sa/b"));

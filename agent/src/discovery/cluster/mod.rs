@@ -35,6 +35,8 @@ pub enum Change {
     Put(Object),
     /// It is no more.
     Delete(ObjectKey),
+    /// There is a new version of it that cannot even be read: the former stays in force.
+    Refuse(Rejection),
 }
 
 /// What a batch did to the snapshot.
@@ -154,6 +156,16 @@ impl Cluster {
                     }
                 }
                 Change::Delete(key) => (key, None),
+                Change::Refuse(rejection) => {
+                    dirty.statuses.extend(rejection.object.route());
+                    self.refuse(Refused {
+                        rejection,
+                        waits: None,
+                        generation: None,
+                        parents: Vec::new(),
+                    });
+                    continue;
+                }
             };
             dirty.statuses.extend(key.route());
             dirty.policies.extend(key.policy());

@@ -13,6 +13,7 @@ mod node;
 mod pod;
 mod reference_grant;
 mod route;
+mod route_cors;
 mod route_filter;
 mod route_match;
 mod route_session;
