@@ -14,7 +14,9 @@ use thiserror::Error;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use crate::admin::{Admin, AdminError, AdminOptions, AdminState, Column, Condition, Exposure};
+use crate::admin::{
+    Admin, AdminError, AdminOptions, AdminState, Column, Condition, Exposure, policies,
+};
 use crate::capture::{
     Accepted, Capture, CaptureError, CaptureOptions, EnrolError, Handler, KernelOptions, Role,
 };
@@ -251,6 +253,7 @@ pub async fn run(
         move || vec![Labelled::bare(fairness.parked())],
     );
 
+    let routed = snapshot.clone();
     let state = admin_state(
         &options,
         &telemetry,
@@ -259,7 +262,9 @@ pub async fn run(
         &pool,
         &manifests,
         &leaving,
-    );
+    )
+    .view("routes", ROUTE_COLUMNS, move || routed.load().route_views());
+    let state = with_policies(state, &snapshot);
     let addresses = AdminOptions {
         admin: options.admin,
         exposure: Exposure::Loopback,
@@ -419,6 +424,18 @@ fn admin_state(
         .view("tunnels", &[], move || pool.status())
 }
 
+/// What policies say, and which are not in force.
+fn with_policies(state: AdminState, snapshot: &SharedSnapshot) -> AdminState {
+    let (shown, refusing) = (snapshot.clone(), snapshot.clone());
+    state
+        .report("policies_refused", move || {
+            policies::refused(&refusing.load())
+        })
+        .view("policies", policies::POLICY_COLUMNS, move || {
+            policies::rows(&shown.load())
+        })
+}
+
 /// `/pods` as a table; JSON has the rest.
 const POD_COLUMNS: &[Column] = &[
     column("NAME", &["name"]),
@@ -433,6 +450,17 @@ const POD_COLUMNS: &[Column] = &[
     column("NETNS_COOKIE", &["netns_cookie"]),
     column("NEXT_RETRY", &["next_retry"]),
     column("LAST_ERROR", &["last_error"]),
+];
+
+/// `/routes` as a table; JSON has the rules and all conditions.
+const ROUTE_COLUMNS: &[Column] = &[
+    column("ROUTE", &["route"]),
+    column("PARENT", &["parent"]),
+    column("ACCEPTED", &["accepted"]),
+    column("RESOLVED_REFS", &["resolved_refs"]),
+    column("REASON", &["reason"]),
+    column("MESSAGE", &["message"]),
+    column("NOTES", &["notes"]),
 ];
 
 const fn column(header: &'static str, fields: &'static [&'static str]) -> Column {

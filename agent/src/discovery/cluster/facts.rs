@@ -4,7 +4,8 @@ use std::sync::Arc;
 
 use super::super::object::{Fault, Object};
 use super::super::translate::{
-    NamespaceFacts, PodFacts, ServiceFacts, SliceFacts, check_name, node,
+    GrantFacts, NamespaceFacts, PodFacts, PolicyFacts, RouteFacts, ServiceFacts, SliceFacts,
+    check_name, node,
 };
 use super::claims::Claim;
 use crate::mesh::{MeshConfig, Node};
@@ -18,6 +19,9 @@ pub(super) enum Facts {
     Pod(Box<PodFacts>),
     Slice(SliceFacts),
     Service(Box<ServiceFacts>),
+    Route(Box<RouteFacts>),
+    Grant(GrantFacts),
+    Policy(Box<PolicyFacts>),
     /// An object that is in order, but of no concern to a mesh.
     Nothing,
 }
@@ -43,6 +47,17 @@ impl Facts {
             }
             Object::Service(service) => ServiceFacts::of(service)?
                 .map_or(Self::Nothing, |facts| Self::Service(facts.into())),
+            Object::GrpcRoute(route) => Self::Route(RouteFacts::of_grpc(route)?.into()),
+            Object::HttpRoute(route) => Self::Route(RouteFacts::of_http(route)?.into()),
+            Object::TlsRoute(route) => Self::Route(RouteFacts::of_tls(route)?.into()),
+            Object::TcpRoute(route) => Self::Route(RouteFacts::of_tcp(route)?.into()),
+            Object::ReferenceGrant(grant) => Self::Grant(GrantFacts::of(grant)?),
+            Object::TrafficPolicy(policy) => {
+                Self::Policy(PolicyFacts::of_traffic_policy(policy)?.into())
+            }
+            Object::XBackendTrafficPolicy(policy) => {
+                Self::Policy(PolicyFacts::of_backend_traffic_policy(policy)?.into())
+            }
         })
     }
 
@@ -70,7 +85,13 @@ impl Facts {
                         .map(|port| (Claim::Vip(*vip, port.port), field.clone()))
                 })
                 .collect(),
-            Self::Namespace(_) | Self::Node(_) | Self::Slice(_) | Self::Nothing => Vec::new(),
+            Self::Namespace(_)
+            | Self::Node(_)
+            | Self::Slice(_)
+            | Self::Route(_)
+            | Self::Grant(_)
+            | Self::Policy(_)
+            | Self::Nothing => Vec::new(),
         }
     }
 
@@ -112,6 +133,27 @@ impl Facts {
     pub(super) fn service(&self) -> Option<&ServiceFacts> {
         match self {
             Self::Service(facts) => Some(facts),
+            _ => None,
+        }
+    }
+
+    pub(super) fn route(&self) -> Option<&RouteFacts> {
+        match self {
+            Self::Route(facts) => Some(facts),
+            _ => None,
+        }
+    }
+
+    pub(super) fn grant(&self) -> Option<&GrantFacts> {
+        match self {
+            Self::Grant(facts) => Some(facts),
+            _ => None,
+        }
+    }
+
+    pub(super) fn policy(&self) -> Option<&PolicyFacts> {
+        match self {
+            Self::Policy(facts) => Some(facts),
             _ => None,
         }
     }
