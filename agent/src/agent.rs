@@ -44,6 +44,10 @@ pub struct AgentOptions {
     /// mount in /proc/self/mountinfo
     #[arg(long, value_name = "DIR")]
     pub cgroup_root: Option<PathBuf>,
+    /// cgroup2 directory of the kubelet, which may appear later: what runs there, or below, reaches
+    /// the declared probe ports of STRICT pods. May be repeated
+    #[arg(long, value_name = "DIR")]
+    pub probe_cgroup: Vec<PathBuf>,
     /// Directory on a bpffs for what outlives the agent
     #[arg(long, value_name = "DIR", default_value = "/sys/fs/bpf/undermesh")]
     pub pins: PathBuf,
@@ -183,6 +187,7 @@ pub async fn run(
             cgroup,
             pins: options.pins.clone(),
         },
+        probe_cgroups: options.probe_cgroup.clone(),
     };
     let capture = Capture::start(capture, dispatch.clone())?;
     // Only this place sets it.

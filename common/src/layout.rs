@@ -19,10 +19,17 @@ pub mod bounds {
     pub const ADMITTED: u32 = 1 << 18;
     /// Listeners: three of each family for each pod.
     pub const LISTENERS: u32 = PODS * 6;
+    /// Declared probe ports of one pod; probes of further ones are not admitted, and its status
+    /// names them.
+    pub const PROBE_PORTS_PER_POD: u32 = 31;
+    /// Probe ports of all pods, and one entry for each address: no pod can take another's room.
+    pub const PROBES: u32 = PODS * 2 * (PROBE_PORTS_PER_POD + 1);
+    /// Cgroups that may probe. More are refused at start.
+    pub const PROBERS: u32 = 64;
 }
 
 /// Meaning of the ABI; raised by hand when the same bytes come to mean something else.
-const VERSION: u64 = 1;
+const VERSION: u64 = 2;
 
 /// Hash over version, sizes, bounds, and the names of the verdicts. Pins lie below a directory of
 /// this name, so that an agent never takes over maps of another shape.
@@ -41,6 +48,8 @@ pub const LAYOUT: u64 = {
         bounds::INTENTS as u64,
         bounds::ADMITTED as u64,
         bounds::LISTENERS as u64,
+        bounds::PROBES as u64,
+        bounds::PROBERS as u64,
         CAPTURE_MARK as u64,
         Verdict::COUNT as u64,
     ];

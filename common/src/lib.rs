@@ -16,7 +16,7 @@ pub use address::{Address, Family};
 pub use keys::{Admission, ListenerKey, ListenerKind, Scope, Target, Tuple};
 pub use layout::{LAYOUT, LAYOUT_TAG, bounds};
 pub use lookup::{Arrival, Route};
-pub use pod::{Intent, Mode, NativeTraffic, Pod, PodConstants};
+pub use pod::{Intent, Mode, NativeTraffic, Note, Pod, PodConstants};
 pub use verdict::Verdict;
 
 /// The bit in a socket's mark that sends its packets over `lo` to the agent. One bit, OR-ed in, so

@@ -113,6 +113,17 @@ pub enum Intent {
     Admitted = 2,
 }
 
+/// What the connect hook notes in a socket's storage for `sock_ops`. It goes with the socket, so a
+/// connect that fails before its SYN leaves nothing behind.
+#[repr(u32)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Note {
+    /// A pod's connection to the mesh: it bears the mark when its SYN is routed.
+    Captured = 1,
+    /// A probing cgroup's connection to a declared probe port: its tuple is admitted.
+    Probe = 2,
+}
+
 #[cfg(feature = "user")]
 mod plain {
     #![allow(unsafe_code)]

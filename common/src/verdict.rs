@@ -47,6 +47,16 @@ verdicts! {
     ConnectMarkFailedPassed = "connect_mark_failed_passed",
     /// connect: the kernel refused mark or note, the pod is strict; ECONNREFUSED.
     ConnectMarkFailedRefused = "connect_mark_failed_refused",
+    /// connect: a probing cgroup to a declared probe port of an enrolled pod; its tuple is admitted.
+    ConnectProbe = "connect_probe",
+    /// connect: a probing cgroup to another port of an enrolled pod; it goes on as any connection
+    /// from outside the mesh, which a strict pod refuses.
+    ConnectProbeUndeclared = "connect_probe_undeclared",
+    /// connect: from outside the enrolled pods, and not from a probing cgroup, to a declared probe
+    /// port; it goes on as any connection from outside the mesh, which a strict pod refuses.
+    ConnectProbeForeign = "connect_probe_foreign",
+    /// connect: as [`Self::ConnectProbe`], and the kernel refused the note; not admitted.
+    ConnectProbeFailed = "connect_probe_failed",
     /// sock_ops: the mark of a captured socket was changed between connect and SYN; set again.
     MarkRestored = "mark_restored",
     /// sock_ops: as above, and the kernel refused to set it.

@@ -8,13 +8,13 @@ use aya_ebpf::{
     programs::SockAddrContext,
 };
 use undermesh_common::{
-    Address, IPPROTO_TCP, ListenerKey, ListenerKind, Mode, Pod, Target, Verdict,
+    Address, IPPROTO_TCP, ListenerKey, ListenerKind, Mode, Note, Pod, Target, Verdict,
 };
 
 use crate::{
     context,
     maps::{PODS, TARGETS, count, intent, listens},
-    mark, trace,
+    mark, probe, trace,
 };
 
 const ALLOW: i32 = 1;
@@ -59,6 +59,7 @@ fn connect(
     let netns_cookie = unsafe { bpf_get_netns_cookie(ctx.as_ptr()) };
     // SAFETY: a pod's entry may be replaced meanwhile; its memory stays until the program returns.
     let Some(pod) = (unsafe { PODS.get(netns_cookie) }) else {
+        probe::connect(ctx, netns_cookie, target(ctx, &destination));
         return ALLOW;
     };
     let verdict = match decide(ctx, netns_cookie, pod, &destination, source) {
@@ -130,15 +131,21 @@ fn decide(
     }
 }
 
+/// The destination and its port.
+#[inline(always)]
+fn target(ctx: &SockAddrContext, destination: &Address) -> Target {
+    // SAFETY: the kernel's context, valid while the program runs. Network order in the low half.
+    let port = unsafe { (&raw const (*ctx.sock_addr).user_port).read_volatile() };
+    Target {
+        address: *destination,
+        port: u32::from(u16::from_be(port as u16)),
+    }
+}
+
 /// The exact port first, then every port.
 #[inline(always)]
 fn is_mesh(ctx: &SockAddrContext, destination: &Address) -> bool {
-    // SAFETY: the kernel's context, valid while the program runs. Network order in the low half.
-    let port = unsafe { (&raw const (*ctx.sock_addr).user_port).read_volatile() };
-    let mut target = Target {
-        address: *destination,
-        port: u32::from(u16::from_be(port as u16)),
-    };
+    let mut target = target(ctx, destination);
     // SAFETY: only presence is asked.
     if unsafe { TARGETS.get(target) }.is_some() {
         return true;
@@ -153,7 +160,7 @@ fn is_mesh(ctx: &SockAddrContext, destination: &Address) -> bool {
 fn capture(ctx: &SockAddrContext, pod: &Pod) -> Verdict {
     // SAFETY: the kernel's context, valid while the program runs.
     let sk = unsafe { (*ctx.sock_addr).__bindgen_anon_1.sk };
-    if mark::note(sk).is_ok() && mark::set_bit(ctx.as_ptr(), true).is_ok() {
+    if mark::note(sk, Note::Captured).is_ok() && mark::set_bit(ctx.as_ptr(), true).is_ok() {
         return Verdict::ConnectCaptured;
     }
     release(ctx);

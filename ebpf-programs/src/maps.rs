@@ -37,6 +37,17 @@ pub static ADMITTED: HashMap<Tuple, Admission> =
 #[map]
 pub static LISTENERS: SockHash<ListenerKey> = SockHash::with_max_entries(bounds::LISTENERS, 0);
 
+/// Addresses of enrolled pods (port 0) and their declared probe ports; the value is the cookie of
+/// the pod's network namespace. The agent makes and removes the entries.
+#[map]
+pub static PROBES: HashMap<Target, u64> =
+    HashMap::with_max_entries(bounds::PROBES, BPF_F_NO_PREALLOC);
+
+/// Cgroups of which the tasks may probe, by id.
+#[map]
+pub static PROBERS: HashMap<u64, u32> =
+    HashMap::with_max_entries(bounds::PROBERS, BPF_F_NO_PREALLOC);
+
 /// One counter per verdict and CPU.
 #[map]
 pub static VERDICTS: PerCpuArray<u64> = PerCpuArray::with_max_entries(Verdict::COUNT, 0);
@@ -46,7 +57,7 @@ pub static VERDICTS: PerCpuArray<u64> = PerCpuArray::with_max_entries(Verdict::C
 pub static NATIVE: PerCpuHashMap<u64, NativeTraffic> =
     PerCpuHashMap::with_max_entries(bounds::PODS, BPF_F_NO_PREALLOC);
 
-/// The note on a captured socket, by which its mark is set again before the SYN is routed.
+/// What the connect hook noted on a socket: a `Note`.
 #[btf_map]
 pub static NOTES: SkStorage<u32> = SkStorage::new();
 

@@ -1,5 +1,5 @@
-//! sock_ops: the mark again before the SYN; admission of the agent's connections from before their
-//! SYN until they are closed; what native connections of a pod carried, when they are closed.
+//! sock_ops: the mark again before the SYN; admission of the agent's and the kubelet's connections
+//! from before their SYN until they are closed; what native connections of a pod carried, when they are closed.
 
 use aya_ebpf::{
     EbpfContext as _,
@@ -11,7 +11,7 @@ use aya_ebpf::{
     macros::sock_ops,
     programs::SockOpsContext,
 };
-use undermesh_common::{Admission, Intent, Scope, Tuple, Verdict};
+use undermesh_common::{Admission, Intent, Note, Scope, Tuple, Verdict};
 
 use crate::{
     context,
@@ -37,16 +37,19 @@ fn connecting(ctx: &SockOpsContext) {
     if sk.is_null() {
         return;
     }
-    if mark::is_noted(sk) {
-        match mark::set_bit(ctx.as_ptr(), true) {
-            Ok(Change::None) => {}
-            Ok(Change::Written) => count(Verdict::MarkRestored),
-            Err(_) => count(Verdict::MarkRestoreFailed),
-        }
-        return;
-    }
     // SAFETY: the helper takes this hook's context.
     let socket_cookie = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
+    match mark::noted(sk) {
+        Some(note) if note == Note::Captured as u32 => {
+            return match mark::set_bit(ctx.as_ptr(), true) {
+                Ok(Change::None) => {}
+                Ok(Change::Written) => count(Verdict::MarkRestored),
+                Err(_) => count(Verdict::MarkRestoreFailed),
+            };
+        }
+        Some(note) if note == Note::Probe as u32 => return admit(ctx, socket_cookie),
+        _ => {}
+    }
     match intent(socket_cookie) {
         Some(intent) if intent == Intent::Admitted as u32 => admit(ctx, socket_cookie),
         Some(_) => {}

@@ -166,10 +166,12 @@ impl Enrolment {
         // Listeners into their slots before the program that asks for them, and the pod map last:
         // from then on its connections are captured.
         let record = enrolment.record(mode);
+        let probe_ports = workload.probe_ports.clone();
         let listeners = on_kernel(&tools.kernel, move |kernel| {
             for (slot, listener) in slots.into_iter().zip(&listeners) {
                 kernel.set_listener(slot, listener.socket.as_fd())?;
             }
+            kernel.set_probe_ports(&record, &probe_ports)?;
             kernel.attach_lookup(netns.as_fd(), &record)?;
             kernel.put_pod(&record)?;
             Ok(listeners)
@@ -242,6 +244,13 @@ impl Enrolment {
                 != workload.sandbox.as_ref().map(|sandbox| &sandbox.netns)
         {
             return Ok(Followed::NeedsNewEnrolment);
+        }
+        if known.probe_ports != workload.probe_ports {
+            let (record, ports) = (self.record(mode), workload.probe_ports.clone());
+            on_kernel(&tools.kernel, move |kernel| {
+                kernel.set_probe_ports(&record, &ports)
+            })
+            .await?;
         }
         self.pod.set_workload(workload.clone());
         if self.mode != mode {

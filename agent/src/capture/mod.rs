@@ -4,6 +4,7 @@
 //! namespace; [`Capture`] keeps that so for every pod that the model wants in the mesh, and hands
 //! the connections to a [`Handler`].
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -27,6 +28,7 @@ mod network;
 mod pod;
 mod ports;
 mod probe;
+mod probers;
 mod reconcile;
 mod registry;
 mod sockets;
@@ -62,6 +64,9 @@ pub struct CaptureOptions {
     pub node: String,
     /// Where programs are attached and pinned.
     pub kernel: KernelOptions,
+    /// Directories of cgroups that may probe the pods, also of such as are not there yet; at most
+    /// 64.
+    pub probe_cgroups: Vec<PathBuf>,
 }
 
 /// Why capture could not be started or taken away.
@@ -125,7 +130,13 @@ impl Capture {
             stop_pods: capture.stop_pods.clone(),
             stop: capture.stop.clone(),
         };
+        probers::look(capture.kernel(), &options.probe_cgroups)?;
         capture.tasks.spawn(reconciler.run());
+        capture.tasks.spawn(probers::follow(
+            capture.tools.kernel.clone(),
+            options.probe_cgroups,
+            capture.stop.clone(),
+        ));
         Ok(capture)
     }
 

@@ -187,7 +187,7 @@ impl Registry {
                     .load_full()
                     .or_else(|| slot.leaving.load_full());
                 if let Some(pod) = pod {
-                    status.connections = pod.live();
+                    status.observe(&pod);
                 }
                 status
             })

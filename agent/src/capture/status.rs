@@ -6,6 +6,8 @@ use serde::{Serialize, Serializer};
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
+use super::kernel::PROBE_PORTS_PER_POD;
+use super::pod::EnrolledPod;
 use super::probe::Proof;
 use crate::mesh::{Mode, ObjectName, Workload, WorkloadUid};
 
@@ -80,6 +82,10 @@ pub struct PodStatus {
     pub repaired: u64,
     /// Live connections.
     pub connections: usize,
+    /// Ports on which a probing cgroup reaches the app past the mesh, once it is enrolled.
+    pub probe_ports: Vec<u16>,
+    /// Declared ones for which there was no room.
+    pub probe_ports_left_out: Vec<u16>,
     /// Why the last attempt failed; none after a success.
     pub last_error: Option<String>,
     /// When the next attempt is due, after a failure.
@@ -102,6 +108,8 @@ impl PodStatus {
             failures: 0,
             repaired: 0,
             connections: 0,
+            probe_ports: Vec::new(),
+            probe_ports_left_out: Vec::new(),
             last_error: None,
             next_retry: None,
         }
@@ -115,6 +123,15 @@ impl PodStatus {
             last_error: Some(reason.to_owned()),
             ..Self::pending(workload)
         }
+    }
+
+    /// What the pod itself knows at this moment.
+    pub(super) fn observe(&mut self, pod: &EnrolledPod) {
+        self.connections = pod.live();
+        let declared = pod.workload().probe_ports.clone();
+        let mut ports = declared.into_iter();
+        self.probe_ports = ports.by_ref().take(PROBE_PORTS_PER_POD).collect();
+        self.probe_ports_left_out = ports.collect();
     }
 
     pub(super) fn succeeded(&mut self, seen: Vec<Proof>, now: SystemTime) {

@@ -7,3 +7,4 @@ mod fixture;
 #[cfg(debug_assertions)]
 mod log;
 mod pins;
+mod probes;

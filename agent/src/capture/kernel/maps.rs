@@ -9,7 +9,7 @@ use aya::util::nr_cpus;
 use parking_lot::Mutex;
 use undermesh_common::{Admission, ListenerKey, NativeTraffic, Target, Tuple, Verdict, bounds};
 
-use super::{KernelError, object::Loaded};
+use super::{KernelError, object::Loaded, probes::Probes};
 
 /// A hash map of the kernel.
 pub(super) struct Table<K: Pod, V: Pod> {
@@ -145,6 +145,7 @@ pub(super) struct Maps {
     pub(super) admitted: Table<Tuple, Admission>,
     pub(super) listeners: Listeners,
     pub(super) native: Native,
+    pub(super) probes: Probes,
     verdicts: PerCpuArray<MapData, u64>,
 }
 
@@ -177,6 +178,10 @@ impl Maps {
                     PerCpuHashMap::try_from(loaded.take_map(Native::NAME)?).map_err(native)?,
                 ),
             },
+            probes: Probes::new(
+                Table::new(loaded, "PROBES", bounds::PROBES)?,
+                Table::new(loaded, "PROBERS", bounds::PROBERS)?,
+            ),
             verdicts: PerCpuArray::try_from(loaded.take_map("VERDICTS")?).map_err(counters)?,
         })
     }

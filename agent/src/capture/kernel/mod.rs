@@ -8,6 +8,7 @@ mod error;
 mod maps;
 mod object;
 mod pins;
+mod probes;
 mod reach;
 mod status;
 mod targets;
@@ -24,6 +25,7 @@ use parking_lot::Mutex;
 use undermesh_common::{Address, ListenerKey, PodConstants};
 
 pub use error::KernelError;
+pub use probes::{PROBE_PORTS_PER_POD, ProbeCgroup, ProbeCgroupState};
 pub use status::{
     AttachPoint, FeatureStatus, ForeignProgram, KernelStatus, MapStatus, ProgramStatus,
 };
@@ -132,6 +134,7 @@ impl Kernel {
             _log: log,
         };
         kernel.forget_leftover_intents(&intents)?;
+        kernel.forget_leftover_probe_ports()?;
         kernel.reach = Reach::probe(&kernel)?;
         if kernel.reach != Reach::Seen {
             let FeatureStatus { name, reason, .. } = kernel.reach.feature();
@@ -197,9 +200,10 @@ impl Kernel {
             })
     }
 
-    /// Detaches it. That it is not attached is no error.
+    /// Detaches it, and forgets the pod's probe ports. That it is not attached is no error.
     pub fn detach_lookup(&self, netns_cookie: u64) -> Result<(), KernelError> {
-        self.pins.detach(&lookup_pin(netns_cookie))
+        let detached = self.pins.detach(&lookup_pin(netns_cookie));
+        detached.and(self.remove_probe_ports(netns_cookie))
     }
 
     /// Whether it is attached to a network namespace that still exists, as the kernel says.

@@ -15,8 +15,10 @@ use super::verdict_log::VerdictLog;
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/undermesh-ebpf"));
 
 /// Maps that all programs share, and the names of their pins.
-const SHARED_MAPS: [(&str, &str); 9] = [
+const SHARED_MAPS: [(&str, &str); 11] = [
     ("PODS", "pods"),
+    ("PROBES", "probes"),
+    ("PROBERS", "probers"),
     ("TARGETS", "targets"),
     ("INTENTS", "intents"),
     ("ADMITTED", "admitted"),

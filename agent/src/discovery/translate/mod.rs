@@ -8,6 +8,7 @@ mod endpoints;
 mod membership;
 mod node;
 mod pod;
+mod probes;
 mod service;
 
 pub use config::{MESH_CONFIG_API_VERSION, MeshConfigManifest, MeshConfigSpec, parse_duration};
