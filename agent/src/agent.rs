@@ -16,7 +16,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::admin::{Admin, AdminError, AdminOptions, AdminState, Column, Condition, Exposure};
 use crate::capture::{
-    Accepted, Capture, CaptureError, CaptureOptions, EnrolError, Handler, KernelOptions, Role,
+    self, Accepted, Capture, CaptureError, CaptureOptions, EnrolError, Handler, KernelOptions, Role,
 };
 use crate::discovery::files::{FileSource, FileSourceError, FileSourceOptions};
 use crate::identity::{
@@ -293,6 +293,7 @@ fn count(
         "Verdicts of the kernel programs on connections of enrolled pods",
         move || labelled("verdict", kernel.kernel().counters()),
     );
+    capture::metrics::register(telemetry, capture);
     let capture = capture.clone();
     telemetry.register_counter(
         "undermesh_capture_events",

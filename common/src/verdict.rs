@@ -67,6 +67,8 @@ verdicts! {
     TupleAdmissionFailed = "tuple_admission_failed",
     /// sock_ops: an admitted connection is closed, its tuple is removed.
     TupleRemoved = "tuple_removed",
+    /// sock_ops: the kernel refused to watch a pod's native connection; it is in no figure of them.
+    NativeUnwatched = "native_unwatched",
     /// sk_lookup: to the outbound listener.
     LookupOutbound = "lookup_outbound",
     /// sk_lookup: to the inbound listener.

@@ -13,7 +13,7 @@ use undermesh_common::{
 
 use crate::{
     context,
-    maps::{PODS, TARGETS, count, intent, listens},
+    maps::{PODS, count, intent, is_mesh, listens},
     mark, probe, trace,
 };
 
@@ -114,7 +114,7 @@ fn decide(
             Verdict::ConnectForeignSourceRefused
         };
     }
-    if !is_mesh(ctx, destination) {
+    if !is_mesh(target(ctx, destination)) {
         return Verdict::ConnectNative;
     }
     let family = destination.family();
@@ -140,19 +140,6 @@ fn target(ctx: &SockAddrContext, destination: &Address) -> Target {
         address: *destination,
         port: u32::from(u16::from_be(port as u16)),
     }
-}
-
-/// The exact port first, then every port.
-#[inline(always)]
-fn is_mesh(ctx: &SockAddrContext, destination: &Address) -> bool {
-    let mut target = target(ctx, destination);
-    // SAFETY: only presence is asked.
-    if unsafe { TARGETS.get(target) }.is_some() {
-        return true;
-    }
-    target.port = 0;
-    // SAFETY: as above.
-    unsafe { TARGETS.get(target) }.is_some()
 }
 
 /// The note first: without it an app could take the mark off again unseen.

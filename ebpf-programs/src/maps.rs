@@ -11,7 +11,8 @@ use aya_ebpf::{
     maps::{Array, HashMap, PerCpuArray, PerCpuHashMap, SockHash},
 };
 use undermesh_common::{
-    Admission, ListenerKey, NativeTraffic, Pod, PodConstants, Target, Tuple, Verdict, bounds,
+    Address, Admission, ListenerKey, NativeConnection, NativeKey, NativeTraffic, Pod, PodConstants,
+    Target, Tuple, Verdict, bounds,
 };
 
 /// Enrolled pods by the cookie of their network namespace.
@@ -54,8 +55,17 @@ pub static VERDICTS: PerCpuArray<u64> = PerCpuArray::with_max_entries(Verdict::C
 
 /// Native traffic of enrolled pods; the agent makes and removes the entries.
 #[map]
-pub static NATIVE: PerCpuHashMap<u64, NativeTraffic> =
-    PerCpuHashMap::with_max_entries(bounds::PODS, BPF_F_NO_PREALLOC);
+pub static NATIVE: PerCpuHashMap<NativeKey, NativeTraffic> =
+    PerCpuHashMap::with_max_entries(bounds::NATIVE, BPF_F_NO_PREALLOC);
+
+/// Native connections that are watched, in their sockets' storage.
+#[btf_map]
+pub static WATCHED: SkStorage<NativeConnection> = SkStorage::new();
+
+/// The node's own addresses.
+#[map]
+pub static NODE_ADDRESSES: HashMap<Address, u32> =
+    HashMap::with_max_entries(bounds::NODE_ADDRESSES, BPF_F_NO_PREALLOC);
 
 /// What the connect hook noted on a socket: a `Note`.
 #[btf_map]
@@ -90,6 +100,18 @@ pub fn listens(key: &ListenerKey) -> bool {
         bpf_sk_release(socket);
         true
     }
+}
+
+/// Whether a connection to it is to be captured: the exact port first, then every port.
+#[inline(always)]
+pub fn is_mesh(mut target: Target) -> bool {
+    // SAFETY: only presence is asked.
+    if unsafe { TARGETS.get(target) }.is_some() {
+        return true;
+    }
+    target.port = 0;
+    // SAFETY: as above.
+    unsafe { TARGETS.get(target) }.is_some()
 }
 
 /// The agent's intent with a socket, if it is one of the agent's.

@@ -19,10 +19,13 @@ use tokio_util::task::TaskTracker;
 use crate::mesh::{Snapshot, WorkloadUid};
 
 mod accept;
+mod addresses;
 mod backoff;
 mod counters;
 mod enrol;
 pub mod kernel;
+pub mod metrics;
+mod native;
 mod netns;
 mod network;
 mod pod;
@@ -42,6 +45,7 @@ mod tests;
 pub use accept::{Accepted, Handler, Role};
 pub use enrol::EnrolError;
 pub use kernel::{HBONE_PORT, Kernel, KernelError, KernelOptions};
+pub use native::{NativeSample, NativeView};
 pub use netns::NetnsError;
 pub use pod::{CONNECTIONS_PER_POD, Dial, DialError, EnrolledPod, Tracked};
 pub use probe::Proof;
@@ -132,6 +136,10 @@ impl Capture {
         };
         probers::look(capture.kernel(), &options.probe_cgroups)?;
         capture.tasks.spawn(reconciler.run());
+        capture.tasks.spawn(addresses::follow(
+            capture.tools.kernel.clone(),
+            capture.stop.clone(),
+        ));
         capture.tasks.spawn(probers::follow(
             capture.tools.kernel.clone(),
             options.probe_cgroups,
@@ -163,10 +171,22 @@ impl Capture {
     #[must_use]
     pub fn pods(&self) -> Vec<PodStatus> {
         let mut pods = self.registry.statuses();
+        for pod in &mut pods {
+            if let Some(netns_cookie) = pod.netns_cookie {
+                pod.native = native::view(&self.tools.kernel, netns_cookie);
+            }
+        }
         if let Some(snapshot) = self.last.load().as_ref() {
             pods.extend(reconcile::kept_out(&self.node, snapshot));
         }
         pods
+    }
+
+    /// What the native connections of each pod in the mesh carried, where there were any: at most
+    /// five classes a pod.
+    #[must_use]
+    pub fn native(&self) -> Vec<NativeSample> {
+        native::samples(&self.tools.kernel, &self.registry.all_enrolled())
     }
 
     /// Programs and maps.

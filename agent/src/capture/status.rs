@@ -1,5 +1,6 @@
 //! How far the enrolment of each pod is, for `/pods`.
 
+use std::collections::BTreeMap;
 use std::time::{Duration, SystemTime};
 
 use serde::{Serialize, Serializer};
@@ -7,6 +8,7 @@ use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
 use super::kernel::PROBE_PORTS_PER_POD;
+use super::native::NativeView;
 use super::pod::EnrolledPod;
 use super::probe::Proof;
 use crate::mesh::{Mode, ObjectName, Workload, WorkloadUid};
@@ -86,6 +88,8 @@ pub struct PodStatus {
     pub probe_ports: Vec<u16>,
     /// Declared ones for which there was no room.
     pub probe_ports_left_out: Vec<u16>,
+    /// What its native connections carried, by the class of their destination.
+    pub native: BTreeMap<&'static str, NativeView>,
     /// Why the last attempt failed; none after a success.
     pub last_error: Option<String>,
     /// When the next attempt is due, after a failure.
@@ -110,6 +114,7 @@ impl PodStatus {
             connections: 0,
             probe_ports: Vec::new(),
             probe_ports_left_out: Vec::new(),
+            native: BTreeMap::new(),
             last_error: None,
             next_retry: None,
         }

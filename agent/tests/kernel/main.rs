@@ -6,5 +6,6 @@ mod capture;
 mod fixture;
 #[cfg(debug_assertions)]
 mod log;
+mod native;
 mod pins;
 mod probes;

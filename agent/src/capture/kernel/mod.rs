@@ -29,7 +29,9 @@ pub use probes::{PROBE_PORTS_PER_POD, ProbeCgroup, ProbeCgroupState};
 pub use status::{
     AttachPoint, FeatureStatus, ForeignProgram, KernelStatus, MapStatus, ProgramStatus,
 };
-pub use undermesh_common::{CAPTURE_MARK, Family, HBONE_PORT, Intent, ListenerKind, NativeTraffic};
+pub use undermesh_common::{
+    CAPTURE_MARK, DestinationClass, Family, HBONE_PORT, Intent, ListenerKind, NativeTraffic,
+};
 
 use self::maps::Maps;
 use self::object::{CONNECT4, CONNECT6, LOOKUP, Loader, SOCK_OPS};
@@ -264,10 +266,30 @@ impl Kernel {
         self.maps.counters()
     }
 
-    /// What the closed native connections of a pod carried, none if it is not enrolled.
+    /// What the closed native connections of a pod carried, by the class of their destination;
+    /// nothing if it is not enrolled.
     #[must_use]
-    pub fn native_traffic(&self, netns_cookie: u64) -> Option<NativeTraffic> {
+    pub fn native_traffic(&self, netns_cookie: u64) -> Vec<(DestinationClass, NativeTraffic)> {
         self.maps.native.of(netns_cookie)
+    }
+
+    /// Makes these the addresses of the node, at most 1,024, the lowest.
+    pub fn set_node_addresses(&self, addresses: &BTreeSet<IpAddr>) -> Result<(), KernelError> {
+        let table = &self.maps.node_addresses;
+        let wanted: BTreeSet<Address> = addresses
+            .iter()
+            .take(table.bound() as usize)
+            .map(|&address| address.into())
+            .collect();
+        let held: BTreeSet<Address> = table.keys()?.into_iter().collect();
+        // Gone ones first: they make room.
+        for address in held.difference(&wanted) {
+            table.remove(address)?;
+        }
+        for address in wanted.difference(&held) {
+            table.put(address, &1)?;
+        }
+        Ok(())
     }
 
     /// Detaches what agents of another layout left, and forgets their maps. Call it when the pods

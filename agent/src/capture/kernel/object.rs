@@ -15,7 +15,7 @@ use super::verdict_log::VerdictLog;
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/undermesh-ebpf"));
 
 /// Maps that all programs share, and the names of their pins.
-const SHARED_MAPS: [(&str, &str); 11] = [
+const SHARED_MAPS: [(&str, &str); 13] = [
     ("PODS", "pods"),
     ("PROBES", "probes"),
     ("PROBERS", "probers"),
@@ -25,6 +25,8 @@ const SHARED_MAPS: [(&str, &str); 11] = [
     ("LISTENERS", "listeners"),
     ("VERDICTS", "verdicts"),
     ("NATIVE", "native"),
+    ("WATCHED", "watched"),
+    ("NODE_ADDRESSES", "node_addresses"),
     ("NOTES", "notes"),
     (LOGS, LOGS_PIN),
 ];

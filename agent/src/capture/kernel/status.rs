@@ -189,6 +189,7 @@ impl Kernel {
             admitted,
             listeners,
             probes,
+            node_addresses,
             ..
         } = &self.maps;
         let (ports, probers) = (&probes.ports, &probes.cgroups);
@@ -198,6 +199,11 @@ impl Kernel {
             fill(intents.name(), intents.bound(), intents.keys()),
             fill(admitted.name(), admitted.bound(), admitted.keys()),
             fill("LISTENERS", bounds::LISTENERS, listeners.keys()),
+            fill(
+                node_addresses.name(),
+                node_addresses.bound(),
+                node_addresses.keys(),
+            ),
             fill(ports.name(), ports.bound(), ports.keys()),
             fill(probers.name(), probers.bound(), probers.keys()),
         ]
