@@ -323,7 +323,8 @@ fn admin_state(
     manifests: &Arc<FileSource>,
     stop: &CancellationToken,
 ) -> AdminState {
-    let (synced, targets, pods, kernel) = (
+    let (synced, targets, pods, kernel, memory) = (
+        capture.clone(),
         capture.clone(),
         capture.clone(),
         capture.clone(),
@@ -347,6 +348,7 @@ fn admin_state(
             true => Condition::NotReady("the agent was told to stop".into()),
         })
         .report("manifests", move || manifests.status())
+        .report("memory", move || memory.memory())
         .view("pods", POD_COLUMNS, move || pods.pods())
         .view("kernel", &[], move || KernelView {
             kernel: kernel.kernel().status(),

@@ -23,6 +23,7 @@ use super::network::{self, Entry, Network, NetworkError};
 use super::pod::{EnrolledPod, PodParts};
 use super::ports::SourcePorts;
 use super::probe::{self, ProbeDesk, ProbeError, Proof};
+use super::share::NodeShare;
 use super::sockets::{Listener, PodAddresses};
 use super::sysctl::{self, SysctlError};
 use crate::mesh::{Mode, Workload};
@@ -91,6 +92,8 @@ pub(super) struct Tools {
     /// For the sockets of connections, which must not wait for enrolments.
     pub sockets: NetnsWorker,
     pub handler: Arc<dyn Handler>,
+    /// What the pods share of the process's descriptors.
+    pub share: Arc<NodeShare>,
     pub counters: Arc<Counters>,
 }
 
@@ -148,6 +151,7 @@ impl Enrolment {
             netns: netns.clone(),
             kernel: tools.kernel.clone(),
             worker: tools.sockets.clone(),
+            share: tools.share.join(),
             ports: SourcePorts::new(&local_ports, rand::random()),
             counters: tools.counters.clone(),
         }));

@@ -4,12 +4,48 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::{Capture, NativeSample};
+use super::{Capture, EnrolledPod, MemoryUse, NativeSample, Role};
 use crate::mesh::Workload;
 use crate::telemetry::{Labelled, SampleLabels, Telemetry};
 
 /// Registers all of it.
 pub fn register(telemetry: &Telemetry, capture: &Arc<Capture>) {
+    let pods = capture.clone();
+    telemetry.register_counter(
+        "undermesh_pod_connections_refused",
+        "Connections of a pod that were reset because there was no room for them",
+        move || of_pods(&pods, refused),
+    );
+    let pods = capture.clone();
+    telemetry.register_counter(
+        "undermesh_pod_listener_drops",
+        "Connections that found no room in the queue of the agent's listener in the pod",
+        move || of_pods(&pods, drops),
+    );
+    let used = capture.clone();
+    telemetry.register_gauge(
+        "undermesh_memory_used_bytes",
+        "Memory used of the cgroup that is nearest to its limit",
+        move || memory(&used, |found| found.used_bytes),
+    );
+    let limit = capture.clone();
+    telemetry.register_gauge(
+        "undermesh_memory_limit_bytes",
+        "Limit of the cgroup that is nearest to it",
+        move || memory(&limit, |found| found.limit_bytes),
+    );
+    let shedding = capture.clone();
+    telemetry.register_gauge(
+        "undermesh_memory_shedding",
+        "Whether new connections are shed because memory is short",
+        move || {
+            let shedding = shedding.memory().shedding;
+            vec![Labelled {
+                labels: Vec::new(),
+                value: f64::from(u8::from(shedding)),
+            }]
+        },
+    );
     for (name, help, read) in NATIVE_COUNTS {
         let capture = capture.clone();
         telemetry.register_counter(name, help, move || samples(&capture, read));
@@ -18,6 +54,51 @@ pub fn register(telemetry: &Telemetry, capture: &Arc<Capture>) {
         let capture = capture.clone();
         telemetry.register_seconds(name, help, move || samples(&capture, read));
     }
+}
+
+/// Of each pod that is in the mesh.
+fn of_pods<V>(
+    capture: &Capture,
+    read: impl Fn(&EnrolledPod) -> Vec<(&'static str, &'static str, V)>,
+) -> Vec<Labelled<V>> {
+    let mut samples = Vec::new();
+    for pod in capture.all_enrolled() {
+        let name = pod.workload().name.to_string();
+        samples.extend(read(&pod).into_iter().map(|(label, text, value)| Labelled {
+            labels: vec![("pod", name.clone()), (label, text.to_owned())],
+            value,
+        }));
+    }
+    samples
+}
+
+fn refused(pod: &EnrolledPod) -> Vec<(&'static str, &'static str, u64)> {
+    let refused = pod.refused().into_iter();
+    refused
+        .map(|(full, count)| ("reason", full.as_str(), count))
+        .collect()
+}
+
+fn drops(pod: &EnrolledPod) -> Vec<(&'static str, &'static str, u64)> {
+    [Role::Outbound, Role::Inbound, Role::Hbone]
+        .into_iter()
+        .map(|role| {
+            let of_role = pod.backlogs().into_iter().filter(|one| one.role == role);
+            let dropped = of_role.map(|one| u64::from(one.dropped)).sum();
+            ("listener", role.as_str(), dropped)
+        })
+        .collect()
+}
+
+fn memory(capture: &Capture, read: impl Fn(&MemoryUse) -> u64) -> Vec<Labelled<f64>> {
+    let found = capture.memory().usage;
+    found
+        .map(|found| Labelled {
+            labels: Vec::new(),
+            value: read(&found) as f64,
+        })
+        .into_iter()
+        .collect()
 }
 
 type Family<V> = (&'static str, &'static str, fn(&NativeSample) -> V);
@@ -92,6 +173,7 @@ fn pod_labels(pod: &Workload) -> SampleLabels {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::capture::Full;
     use crate::capture::kernel::DestinationClass;
 
     #[test]
@@ -100,7 +182,9 @@ mod tests {
         let counts = NATIVE_COUNTS.map(|(name, _, _)| format!("{name}_total"));
         let times = NATIVE_TIMES.map(|(name, _, _)| format!("{name}_total"));
         let classes = DestinationClass::ALL.map(|class| class.name().to_owned());
-        for name in counts.into_iter().chain(times).chain(classes) {
+        let reasons = Full::ALL.map(|full| full.as_str().to_owned());
+        let all = counts.into_iter().chain(times).chain(classes);
+        for name in all.chain(reasons) {
             assert!(documentation.contains(&format!("`{name}`")), "{name}");
         }
     }

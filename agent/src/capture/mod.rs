@@ -20,10 +20,12 @@ use crate::mesh::{Snapshot, WorkloadUid};
 
 mod accept;
 mod addresses;
+mod backlog;
 mod backoff;
 mod counters;
 mod enrol;
 pub mod kernel;
+mod memory;
 pub mod metrics;
 mod native;
 mod netns;
@@ -34,6 +36,7 @@ mod probe;
 mod probers;
 mod reconcile;
 mod registry;
+mod share;
 mod sockets;
 mod status;
 mod sys;
@@ -43,12 +46,15 @@ mod task;
 mod tests;
 
 pub use accept::{Accepted, Handler, Role};
+pub use backlog::Backlog;
 pub use enrol::EnrolError;
 pub use kernel::{HBONE_PORT, Kernel, KernelError, KernelOptions};
+pub use memory::{MemoryStatus, MemoryUse};
 pub use native::{NativeSample, NativeView};
 pub use netns::NetnsError;
-pub use pod::{CONNECTIONS_PER_POD, Dial, DialError, EnrolledPod, Tracked};
+pub use pod::{Dial, DialError, EnrolledPod, Tracked};
 pub use probe::Proof;
+pub use share::{CONNECTIONS_PER_POD, Full, Slot};
 pub use sockets::{AdoptError, Listener, PodAddresses};
 pub use status::{Guarantee, Moment, Phase, PodStatus, Proven};
 
@@ -57,6 +63,7 @@ use enrol::{Tools, on_kernel};
 use netns::NetnsWorker;
 use reconcile::Reconciler;
 use registry::Registry;
+use share::NodeShare;
 
 /// How long the tasks of pods may take to close their listeners.
 const SHUTDOWN_LIMIT: Duration = Duration::from_secs(5);
@@ -95,6 +102,7 @@ pub struct Capture {
     stop: CancellationToken,
     stop_pods: CancellationToken,
     last: ArcSwapOption<Snapshot>,
+    memory: Arc<Mutex<MemoryStatus>>,
 }
 
 impl Capture {
@@ -110,6 +118,7 @@ impl Capture {
             worker: NetnsWorker::start("netns-enrol")?,
             sockets: NetnsWorker::start("netns-sockets")?,
             handler,
+            share: NodeShare::new(share::descriptors()),
             counters: Arc::new(Counters::default()),
         });
         let (wanted, snapshots) = watch::channel(None);
@@ -123,6 +132,7 @@ impl Capture {
             stop: CancellationToken::new(),
             stop_pods: CancellationToken::new(),
             last: ArcSwapOption::empty(),
+            memory: Arc::default(),
         });
         let reconciler = Reconciler {
             node: options.node,
@@ -136,6 +146,11 @@ impl Capture {
         };
         probers::look(capture.kernel(), &options.probe_cgroups)?;
         capture.tasks.spawn(reconciler.run());
+        capture.tasks.spawn(memory::follow(
+            capture.tools.share.clone(),
+            capture.memory.clone(),
+            capture.stop.clone(),
+        ));
         capture.tasks.spawn(addresses::follow(
             capture.tools.kernel.clone(),
             capture.stop.clone(),
@@ -187,6 +202,18 @@ impl Capture {
     #[must_use]
     pub fn native(&self) -> Vec<NativeSample> {
         native::samples(&self.tools.kernel, &self.registry.all_enrolled())
+    }
+
+    /// The pods that are in the mesh.
+    #[must_use]
+    pub fn all_enrolled(&self) -> Vec<Arc<EnrolledPod>> {
+        self.registry.all_enrolled()
+    }
+
+    /// The memory that the agent uses and may use, at the last look.
+    #[must_use]
+    pub fn memory(&self) -> MemoryStatus {
+        self.memory.lock().clone()
     }
 
     /// Programs and maps.

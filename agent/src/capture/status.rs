@@ -7,6 +7,7 @@ use serde::{Serialize, Serializer};
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
+use super::backlog::Backlog;
 use super::kernel::PROBE_PORTS_PER_POD;
 use super::native::NativeView;
 use super::pod::EnrolledPod;
@@ -84,6 +85,10 @@ pub struct PodStatus {
     pub repaired: u64,
     /// Live connections.
     pub connections: usize,
+    /// How many found no room, by the reason, where that happened.
+    pub refused: BTreeMap<&'static str, u64>,
+    /// The queues of the agent's listeners in the pod.
+    pub backlogs: Vec<Backlog>,
     /// Ports on which a probing cgroup reaches the app past the mesh, once it is enrolled.
     pub probe_ports: Vec<u16>,
     /// Declared ones for which there was no room.
@@ -112,6 +117,8 @@ impl PodStatus {
             failures: 0,
             repaired: 0,
             connections: 0,
+            refused: BTreeMap::new(),
+            backlogs: Vec::new(),
             probe_ports: Vec::new(),
             probe_ports_left_out: Vec::new(),
             native: BTreeMap::new(),
@@ -133,6 +140,12 @@ impl PodStatus {
     /// What the pod itself knows at this moment.
     pub(super) fn observe(&mut self, pod: &EnrolledPod) {
         self.connections = pod.live();
+        let refused = pod.refused().into_iter();
+        self.refused = refused
+            .filter(|(_, count)| *count > 0)
+            .map(|(full, count)| (full.as_str(), count))
+            .collect();
+        self.backlogs = pod.backlogs();
         let declared = pod.workload().probe_ports.clone();
         let mut ports = declared.into_iter();
         self.probe_ports = ports.by_ref().take(PROBE_PORTS_PER_POD).collect();

@@ -494,7 +494,7 @@ print(got,met)";
             drop((hoard, server));
             Ok(made.attempts - made.succeeded)
         };
-        let metric = (EVENTS, ("event", "pod_full"));
+        let metric = (EVENTS, ("event", "node_full"));
         self.judged("fill_maps_and_descriptors", metric, attack, control)
     }
 
