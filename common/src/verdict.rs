@@ -57,8 +57,10 @@ verdicts! {
     ConnectProbeForeign = "connect_probe_foreign",
     /// connect: as [`Self::ConnectProbe`], and the kernel refused the note; not admitted.
     ConnectProbeFailed = "connect_probe_failed",
-    /// sock_ops: the mark of a captured socket was changed between connect and SYN; set again.
+    /// setsockopt, sock_ops: a captured socket was to lose its mark; it keeps it.
     MarkRestored = "mark_restored",
+    /// setsockopt: an MPTCP socket of an enrolled pod was to change its mark after connect(2); EPERM.
+    MarkChangeRefused = "mark_change_refused",
     /// sock_ops: as above, and the kernel refused to set it.
     MarkRestoreFailed = "mark_restore_failed",
     /// sock_ops: the tuple of one of the agent's sockets was admitted.

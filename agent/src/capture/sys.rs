@@ -31,6 +31,8 @@ pub(super) enum AttachType {
     Connect4 = 10,
     /// `BPF_CGROUP_INET6_CONNECT`
     Connect6 = 11,
+    /// `BPF_CGROUP_SETSOCKOPT`
+    SetSockopt = 22,
     /// `BPF_SK_LOOKUP`
     Lookup = 36,
 }

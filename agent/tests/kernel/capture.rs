@@ -38,8 +38,11 @@ fn the_verifier_accepts_all_programs_and_they_are_attached() {
         .iter()
         .map(|program| program["name"].as_str().unwrap())
         .collect();
-    assert_eq!(&names[..3], ["sock_ops", "connect4", "connect6"]);
-    assert_eq!(names.len(), 4);
+    assert_eq!(
+        &names[..4],
+        ["sock_ops", "setsockopt", "connect4", "connect6"]
+    );
+    assert_eq!(names.len(), 5);
     for program in programs {
         assert_ne!(program["attached"], "detached", "{program}");
         assert_ne!(program["program_id"], 0, "{program}");

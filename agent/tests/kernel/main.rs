@@ -3,6 +3,7 @@
 
 mod arrival;
 mod capture;
+mod dodge;
 mod fixture;
 #[cfg(debug_assertions)]
 mod log;

@@ -34,7 +34,7 @@ pub use undermesh_common::{
 };
 
 use self::maps::Maps;
-use self::object::{CONNECT4, CONNECT6, LOOKUP, Loader, SOCK_OPS};
+use self::object::{CONNECT4, CONNECT6, LOOKUP, Loader, SETSOCKOPT, SOCK_OPS};
 use self::pins::{Pins, Target};
 use self::reach::Reach;
 use self::verdict_log::VerdictLog;
@@ -88,8 +88,9 @@ pub struct Kernel {
 }
 
 /// The programs at the cgroup: name, pin, hook.
-const CGROUP_PROGRAMS: [(&str, &str, AttachType); 3] = [
+const CGROUP_PROGRAMS: [(&str, &str, AttachType); 4] = [
     (SOCK_OPS, "link_sock_ops", AttachType::SockOps),
+    (SETSOCKOPT, "link_setsockopt", AttachType::SetSockopt),
     (CONNECT4, "link_connect4", AttachType::Connect4),
     (CONNECT6, "link_connect6", AttachType::Connect6),
 ];

@@ -40,6 +40,7 @@ const CONSTANTS: &str = "CONSTANTS";
 
 pub(super) const CONNECT4: &str = "undermesh_connect4";
 pub(super) const CONNECT6: &str = "undermesh_connect6";
+pub(super) const SETSOCKOPT: &str = "undermesh_setsockopt";
 pub(super) const SOCK_OPS: &str = "undermesh_sock_ops";
 pub(super) const LOOKUP: &str = "undermesh_lookup";
 
@@ -139,6 +140,7 @@ fn load(program: &mut Program) -> Result<&ProgramFd, ProgramError> {
 fn verify(program: &mut Program) -> Result<(), ProgramError> {
     match program {
         Program::CgroupSockAddr(program) => program.load(),
+        Program::CgroupSockopt(program) => program.load(),
         Program::SockOps(program) => program.load(),
         Program::SkLookup(program) => program.load(),
         _ => Err(ProgramError::UnexpectedProgramType),
