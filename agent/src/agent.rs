@@ -11,7 +11,7 @@ use arc_swap::ArcSwap;
 use clap::Args;
 use serde::Serialize;
 use thiserror::Error;
-use tokio::time::{Instant, timeout_at};
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::admin::{Admin, AdminError, AdminOptions, AdminState, Column, Condition, Exposure};
@@ -19,6 +19,8 @@ use crate::capture::{
     self, Accepted, Capture, CaptureError, CaptureOptions, EnrolError, Handler, KernelOptions, Role,
 };
 use crate::discovery::files::{FileSource, FileSourceError, FileSourceOptions};
+use crate::fairness::{Fairness, Monotonic};
+use crate::handover::{Giver, HandoverError};
 use crate::identity::{
     AuthorityClient, AuthorityClientOptions, Certificates, CertificatesOptions, ClientError,
 };
@@ -27,6 +29,8 @@ use crate::mesh::{MeshConfig, SharedSnapshot, Snapshot};
 use crate::outbound::Outbound;
 use crate::telemetry::{Labelled, Logging, Telemetry, housekeep};
 use crate::tunnel::{Pool, PoolOptions};
+
+mod succession;
 
 /// How often a stopping agent looks whether its last connection has ended.
 const DRAIN_CHECK: Duration = Duration::from_millis(50);
@@ -75,6 +79,18 @@ pub struct AgentOptions {
     /// How many seconds live connections may go on after SIGTERM; then they are reset
     #[arg(long, value_name = "SECONDS", default_value_t = 5)]
     pub shutdown_drain: u64,
+    /// Unix socket where a successor takes this agent's listeners, and where a running agent is
+    /// looked for at start: if one answers, it is taken over. Default: a file in /run/undermesh that
+    /// is named after the device and inode of --pins
+    #[arg(long, value_name = "PATH")]
+    pub hand_over_socket: Option<PathBuf>,
+    /// Take a running agent over, or do not start
+    #[arg(long)]
+    pub take_over: bool,
+    /// How many seconds live connections may go on after a successor has taken over; then they are
+    /// reset. SIGTERM meanwhile shortens it to --shutdown-drain
+    #[arg(long, value_name = "SECONDS", default_value_t = 60)]
+    pub hand_over_drain: u64,
     /// Take all pods of this node out of the mesh and everything out of the kernel, instead of
     /// leaving the failure mode in force, when the agent is told to stop
     #[arg(long)]
@@ -93,15 +109,18 @@ pub enum AgentError {
     /// The kernel side.
     #[error(transparent)]
     Capture(#[from] CaptureError),
-    /// The kernel side could not be taken away.
+    /// The kernel side could not be taken away, or not replaced.
     #[error(transparent)]
-    Uninstall(#[from] EnrolError),
+    Kernel(#[from] EnrolError),
     /// The CA's address.
     #[error(transparent)]
     Authority(#[from] ClientError),
     /// The manifests.
     #[error(transparent)]
     Manifests(#[from] FileSourceError),
+    /// Taking over from a running agent, or waiting for a successor.
+    #[error("hand-over: {0}")]
+    Handover(#[from] HandoverError),
     /// The admin endpoint.
     #[error(transparent)]
     Admin(#[from] AdminError),
@@ -111,27 +130,34 @@ pub enum AgentError {
 struct Dispatch {
     outbound: Arc<Outbound>,
     inbound: Arc<Inbound>,
+    fairness: Arc<Fairness>,
     /// Set right after capture was started, before it knows of any pod.
     capture: OnceLock<Weak<Capture>>,
 }
 
 impl Handler for Dispatch {
     fn handle(&self, accepted: Accepted) -> Pin<Box<dyn Future<Output = ()> + Send>> {
+        let pod = accepted.pod.netns_cookie();
         match accepted.role {
             Role::Outbound => {
                 let outbound = self.outbound.clone();
                 let capture = self.capture.get().and_then(Weak::upgrade);
-                Box::pin(async move {
+                Box::pin(self.fairness.turns(pod, async move {
                     if let Some(capture) = capture {
                         outbound.serve(accepted, &capture).await;
                     }
-                })
+                }))
             }
             Role::Inbound => {
                 let inbound = self.inbound.clone();
-                Box::pin(async move { inbound.serve_plaintext(accepted).await })
+                Box::pin(self.fairness.turns(pod, async move {
+                    inbound.serve_plaintext(accepted).await;
+                }))
             }
-            Role::Hbone => Box::pin(self.inbound.clone().serve_tunnel(accepted)),
+            Role::Hbone => {
+                let tunnel = self.inbound.clone().serve_tunnel(accepted);
+                Box::pin(self.fairness.turns(pod, tunnel))
+            }
         }
     }
 }
@@ -161,7 +187,23 @@ pub async fn run(
     let certificates = Certificates::new(CertificatesOptions::new(authority));
     tokio::spawn(certificates.clone().run(background.clone()));
 
+    let manifests = FileSourceOptions::new(&options.manifests, &options.node);
+    let manifests = FileSource::start(manifests, snapshot.clone(), background.clone())?;
+    let mut taken = match succession::find(&options).await? {
+        Some(running) => {
+            let now = snapshot.load();
+            tokio::select! {
+                taken = succession::prepare(running, &certificates, &now, &options.node) => Some(taken?),
+                // The running agent was not touched.
+                () = stop.cancelled() => return Ok(()),
+            }
+        }
+        None => None,
+    };
+
+    let fairness = Fairness::start(Monotonic::default(), background.clone());
     let pool = Pool::new(PoolOptions::default());
+    let leaving = stop.child_token();
     let dispatch = Arc::new(Dispatch {
         outbound: Arc::new(Outbound::new(
             snapshot.clone(),
@@ -173,8 +215,9 @@ pub async fn run(
             snapshot: snapshot.clone(),
             certificates: certificates.clone(),
             telemetry: telemetry.clone(),
-            drain: stop.child_token(),
+            drain: leaving.clone(),
         }),
+        fairness: fairness.clone(),
         capture: OnceLock::new(),
     });
     let cgroup = match &options.cgroup_root {
@@ -189,18 +232,29 @@ pub async fn run(
         },
         probe_cgroups: options.probe_cgroup.clone(),
     };
-    let capture = Capture::start(capture, dispatch.clone())?;
+    let mut slots = Vec::new();
+    let capture = match &mut taken {
+        None => Capture::start(capture, dispatch.clone())?,
+        Some(taken) => {
+            let handed = std::mem::take(&mut taken.listeners);
+            slots.extend(handed.iter().map(|one| one.slot));
+            Capture::start_beside(capture, dispatch.clone(), handed)?
+        }
+    };
     // Only this place sets it.
     let _ = dispatch.capture.set(Arc::downgrade(&capture));
 
-    let manifests = FileSourceOptions::new(&options.manifests, &options.node);
-    let manifests = FileSource::start(manifests, snapshot.clone(), background.clone())?;
     tokio::spawn(housekeep(
         telemetry.clone(),
         snapshot.clone(),
         background.clone(),
     ));
     count(&telemetry, &capture, &certificates, &pool);
+    telemetry.register_counter(
+        "undermesh_fairness_parked",
+        "Times that a task waited because its pod had used up its quantum while others were busy",
+        move || vec![Labelled::bare(fairness.parked())],
+    );
 
     let state = admin_state(
         &options,
@@ -209,7 +263,7 @@ pub async fn run(
         &certificates,
         &pool,
         &manifests,
-        &stop,
+        &leaving,
     );
     let addresses = AdminOptions {
         admin: options.admin,
@@ -217,29 +271,54 @@ pub async fn run(
         metrics: options.metrics,
         readiness: options.readiness,
     };
-    let admin = Admin::bind(&addresses, Arc::new(state)).await?;
-    tokio::spawn(admin.run(background.clone()));
+    let handed = taken
+        .as_mut()
+        .map(succession::own_listeners)
+        .unwrap_or_default();
+    let admin = Admin::bind_with(&addresses, Arc::new(state), handed).await?;
+    let copies = admin.copies().map_err(HandoverError::from)?;
+    if taken.is_some() || capture.waits_for_replacement() {
+        let refused = manifests.statuses().borrow().errors_total;
+        let now = snapshot.load_full();
+        succession::want(&certificates, &now, &options.node);
+        capture.keep_leftovers(refused > 0);
+        capture.apply(now);
+        succession::complete(taken, &capture, &slots).await?;
+    }
+    let serving = background.child_token();
+    tokio::spawn(admin.run(serving.clone()));
     tracing::info!(node = options.node, manifests = %options.manifests.display(), "started");
 
+    let giver = Giver::open(
+        &succession::socket(&options)?,
+        &options.node,
+        capture.clone(),
+        certificates.clone(),
+        succession::endpoints(copies),
+    )
+    .await?;
+    let mut successor = Box::pin(giver.serve());
     let mut statuses = manifests.statuses();
     while !stop.is_cancelled() {
         // Before the snapshot: a change between the two is seen again.
         let refused = statuses.borrow_and_update().errors_total;
         let now = snapshot.load_full();
         // The identities first: a pod's first connection asks for its certificate.
-        certificates.want(
-            now.workloads_on(&options.node)
-                .filter(|workload| workload.is_meshed())
-                .map(|workload| workload.identity.clone())
-                .collect(),
-        );
+        succession::want(&certificates, &now, &options.node);
         capture.keep_leftovers(refused > 0);
         capture.apply(now);
         tokio::select! {
-            changed = statuses.changed() => if changed.is_err() { stop.cancelled().await },
+            biased;
             () = stop.cancelled() => {}
+            committed = &mut successor => {
+                leaving.cancel();
+                serving.cancel();
+                return succession::hand_over(committed, &options, &capture, &telemetry, &stop).await;
+            }
+            changed = statuses.changed() => if changed.is_err() { stop.cancelled().await },
         }
     }
+    drop(successor);
     stopped(&options, &capture, &telemetry).await
 }
 
@@ -262,17 +341,7 @@ async fn stopped(
     );
     capture.shutdown().await;
     let deadline = Instant::now() + Duration::from_secs(options.shutdown_drain);
-    let drained = async {
-        while telemetry.live() > 0 {
-            tokio::time::sleep(DRAIN_CHECK).await;
-        }
-    };
-    if timeout_at(deadline, drained).await.is_err() {
-        tracing::warn!(
-            live = telemetry.live(),
-            "stopped; what is still live is reset"
-        );
-    }
+    succession::drain(telemetry, deadline).await;
     Ok(())
 }
 

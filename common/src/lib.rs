@@ -24,6 +24,7 @@ pub use verdict::Verdict;
 /// The bit in a socket's mark that sends its packets over `lo` to the agent. One bit, OR-ed in, so
 /// that an application's own marks survive. Kubernetes uses 0x4000 and 0x8000, Tailscale 0xff0000;
 /// marks do not leave a pod's network namespace, so those of the node's own network do not matter.
+/// It never changes: while the programs of one layout replace those of another, both set it.
 pub const CAPTURE_MARK: u32 = 1 << 29;
 
 /// Port on which every meshed pod speaks HBONE (as in Istio ambient).

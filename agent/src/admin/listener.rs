@@ -1,6 +1,7 @@
 //! A listener that a stranger cannot exhaust: bounded connections, bounded time for each.
 
 use std::net::SocketAddr;
+use std::os::fd::AsFd as _;
 use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -49,6 +50,11 @@ impl Listener {
 
     pub fn address(&self) -> std::io::Result<SocketAddr> {
         self.socket.local_addr()
+    }
+
+    /// The same socket once more, to be handed over.
+    pub fn copy(&self) -> std::io::Result<std::net::TcpListener> {
+        Ok(self.socket.as_fd().try_clone_to_owned()?.into())
     }
 
     /// Connections that were refused because there were too many.

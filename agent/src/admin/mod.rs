@@ -16,5 +16,5 @@ mod server;
 mod state;
 mod table;
 
-pub use server::{Addresses, Admin, AdminError, AdminOptions, Exposure, serve};
+pub use server::{Addresses, Admin, AdminError, AdminListeners, AdminOptions, Exposure, serve};
 pub use state::{AdminState, Column, Condition};

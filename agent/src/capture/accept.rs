@@ -131,23 +131,34 @@ pub(super) struct Acceptor {
     pub counters: Arc<Counters>,
     /// Where probe connections are reported.
     pub probes: Arc<ProbeDesk>,
+    /// Cancelled once the loops may accept; until then connections wait in their queues.
+    pub accepting: CancellationToken,
     /// Ends the loops and closes the listeners.
     pub stop: CancellationToken,
 }
 
 impl Acceptor {
     /// Starts the loop of one listener. Fails where the runtime cannot serve the socket.
-    pub fn start(&self, listener: Listener) -> io::Result<tokio::task::JoinHandle<()>> {
+    /// The socket is closed when the loop has ended.
+    pub fn start(
+        &self,
+        listener: Listener,
+    ) -> io::Result<(tokio::task::JoinHandle<()>, Arc<TcpListener>)> {
         let role = listener.kind.into();
         let listener = Arc::new(TcpListener::from_std(listener.socket)?);
         self.pod.watch_backlog(role, &listener);
+        let socket = listener.clone();
         let acceptor = self.clone();
-        Ok(tokio::spawn(async move {
+        let running = tokio::spawn(async move {
             tokio::select! {
                 () = acceptor.stop.cancelled() => {}
-                () = acceptor.serve(&listener, role) => {}
+                () = async {
+                    acceptor.accepting.cancelled().await;
+                    acceptor.serve(&listener, role).await;
+                } => {}
             }
-        }))
+        });
+        Ok((running, socket))
     }
 
     async fn serve(&self, listener: &TcpListener, role: Role) {

@@ -204,6 +204,15 @@ impl Lab {
         Ok(())
     }
 
+    /// Lets a successor take over from the agent of a node. Gives back the old one, which drains.
+    pub fn take_over(&self, side: Side) -> Result<Process> {
+        let agent = self.node(side)?.agent();
+        let mut successor = agent.spawn_successor(&self.agent_arguments, &self.environment)?;
+        agent.wait_succeeded(&mut successor)?;
+        let old = self.lock().agents.insert(side.node().to_owned(), successor);
+        old.context("the agent was not started by this lab")
+    }
+
     /// Ends the agent of a node: SIGTERM to let it finish, SIGKILL not to.
     pub fn end_agent(&self, side: Side, signal: Signal) -> Result<()> {
         let outcome = self.node(side)?.agent().end(signal);

@@ -116,7 +116,10 @@ impl Kernel {
             probe_cgroups: self.maps.probes.seen(),
             maps: self.map_fill(),
             verdicts: self.counters().into_iter().collect(),
-            features: FEATURES.into_iter().chain([self.reach.feature()]).collect(),
+            features: FEATURES
+                .into_iter()
+                .chain([self.reach.lock().feature()])
+                .collect(),
         }
     }
 
