@@ -18,7 +18,7 @@ use crate::admin::{
     Admin, AdminError, AdminOptions, AdminState, Column, Condition, Exposure, policies,
 };
 use crate::capture::{
-    Accepted, Capture, CaptureError, CaptureOptions, EnrolError, Handler, KernelOptions, Role,
+    self, Accepted, Capture, CaptureError, CaptureOptions, EnrolError, Handler, KernelOptions, Role,
 };
 use crate::discovery::files::{FileSource, FileSourceError, FileSourceOptions};
 use crate::fairness::{Fairness, Monotonic};
@@ -50,6 +50,10 @@ pub struct AgentOptions {
     /// mount in /proc/self/mountinfo
     #[arg(long, value_name = "DIR")]
     pub cgroup_root: Option<PathBuf>,
+    /// cgroup2 directory of the kubelet, which may appear later: what runs there, or below, reaches
+    /// the declared probe ports of STRICT pods. May be repeated
+    #[arg(long, value_name = "DIR")]
+    pub probe_cgroup: Vec<PathBuf>,
     /// Directory on a bpffs for what outlives the agent
     #[arg(long, value_name = "DIR", default_value = "/sys/fs/bpf/undermesh")]
     pub pins: PathBuf,
@@ -228,6 +232,7 @@ pub async fn run(
             cgroup,
             pins: options.pins.clone(),
         },
+        probe_cgroups: options.probe_cgroup.clone(),
     };
     let mut slots = Vec::new();
     let capture = match &mut taken {
@@ -362,6 +367,7 @@ fn count(
         "Verdicts of the kernel programs on connections of enrolled pods",
         move || labelled("verdict", kernel.kernel().counters()),
     );
+    capture::metrics::register(telemetry, capture);
     let capture = capture.clone();
     telemetry.register_counter(
         "undermesh_capture_events",
@@ -391,7 +397,8 @@ fn admin_state(
     manifests: &Arc<FileSource>,
     stop: &CancellationToken,
 ) -> AdminState {
-    let (synced, targets, pods, kernel) = (
+    let (synced, targets, pods, kernel, memory) = (
+        capture.clone(),
         capture.clone(),
         capture.clone(),
         capture.clone(),
@@ -415,6 +422,7 @@ fn admin_state(
             true => Condition::NotReady("the agent was told to stop".into()),
         })
         .report("manifests", move || manifests.status())
+        .report("memory", move || memory.memory())
         .view("pods", POD_COLUMNS, move || pods.pods())
         .view("kernel", &[], move || KernelView {
             kernel: kernel.kernel().status(),

@@ -9,6 +9,7 @@ mod address;
 mod keys;
 mod layout;
 mod lookup;
+mod native;
 mod pod;
 mod verdict;
 
@@ -16,7 +17,8 @@ pub use address::{Address, Family};
 pub use keys::{Admission, ListenerKey, ListenerKind, Scope, Target, Tuple};
 pub use layout::{LAYOUT, LAYOUT_TAG, bounds};
 pub use lookup::{Arrival, Route};
-pub use pod::{Intent, Mode, NativeTraffic, Pod, PodConstants};
+pub use native::{DestinationClass, NativeConnection, NativeKey, NativeTraffic};
+pub use pod::{Intent, Mode, Note, Pod, PodConstants};
 pub use verdict::Verdict;
 
 /// The bit in a socket's mark that sends its packets over `lo` to the agent. One bit, OR-ed in, so

@@ -23,6 +23,7 @@ use super::network::{self, Entry, Network, NetworkError};
 use super::pod::{EnrolledPod, PodParts};
 use super::ports::SourcePorts;
 use super::probe::{self, ProbeDesk, ProbeError, Proof};
+use super::share::NodeShare;
 use super::shelf::Shelf;
 use super::sockets::{Listener, PodAddresses};
 use super::sysctl::{self, SysctlError};
@@ -94,6 +95,8 @@ pub(super) struct Tools {
     /// For the sockets of connections, which must not wait for enrolments.
     pub sockets: NetnsWorker,
     pub handler: Arc<dyn Handler>,
+    /// What the pods share of the process's descriptors.
+    pub share: Arc<NodeShare>,
     pub counters: Arc<Counters>,
 }
 
@@ -153,6 +156,7 @@ impl Enrolment {
             netns: netns.clone(),
             kernel: tools.kernel.clone(),
             worker: tools.sockets.clone(),
+            share: tools.share.join(),
             ports: SourcePorts::new(&local_ports, rand::random()),
             counters: tools.counters.clone(),
         }));
@@ -171,10 +175,12 @@ impl Enrolment {
         // Listeners into their slots before the program that asks for them, and the pod map last:
         // from then on its connections are captured.
         let record = enrolment.record(mode);
+        let probe_ports = workload.probe_ports.clone();
         let listeners = on_kernel(&tools.kernel, move |kernel| {
             for (slot, listener) in slots.into_iter().zip(&listeners) {
                 kernel.set_listener(slot, listener.socket.as_fd())?;
             }
+            kernel.set_probe_ports(&record, &probe_ports)?;
             kernel.attach_lookup(netns.as_fd(), &record)?;
             kernel.put_pod(&record)?;
             Ok(listeners)
@@ -250,6 +256,13 @@ impl Enrolment {
                 != workload.sandbox.as_ref().map(|sandbox| &sandbox.netns)
         {
             return Ok(Followed::NeedsNewEnrolment);
+        }
+        if known.probe_ports != workload.probe_ports {
+            let (record, ports) = (self.record(mode), workload.probe_ports.clone());
+            on_kernel(&tools.kernel, move |kernel| {
+                kernel.set_probe_ports(&record, &ports)
+            })
+            .await?;
         }
         self.pod.set_workload(workload.clone());
         if self.mode != mode {

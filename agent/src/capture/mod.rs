@@ -5,6 +5,7 @@
 //! the connections to a [`Handler`].
 
 use std::os::fd::AsFd;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -19,17 +20,24 @@ use tokio_util::task::TaskTracker;
 use crate::mesh::{Snapshot, WorkloadUid};
 
 mod accept;
+mod addresses;
+mod backlog;
 mod backoff;
 mod counters;
 mod enrol;
 pub mod kernel;
+mod memory;
+pub mod metrics;
+mod native;
 mod netns;
 mod network;
 mod pod;
 mod ports;
 mod probe;
+mod probers;
 mod reconcile;
 mod registry;
+mod share;
 mod shelf;
 mod sockets;
 mod status;
@@ -40,11 +48,15 @@ mod task;
 mod tests;
 
 pub use accept::{Accepted, Handler, Role};
+pub use backlog::Backlog;
 pub use enrol::EnrolError;
 pub use kernel::{HBONE_PORT, Kernel, KernelError, KernelOptions};
+pub use memory::{MemoryStatus, MemoryUse};
+pub use native::{NativeSample, NativeView};
 pub use netns::NetnsError;
-pub use pod::{CONNECTIONS_PER_POD, Dial, DialError, EnrolledPod, Tracked};
+pub use pod::{Dial, DialError, EnrolledPod, Tracked};
 pub use probe::Proof;
+pub use share::{CONNECTIONS_PER_POD, Full, Slot};
 pub use shelf::{Handed, Held};
 pub use sockets::{AdoptError, Listener, PodAddresses};
 pub use status::{Guarantee, Moment, Phase, PodStatus, Proven};
@@ -54,6 +66,7 @@ use enrol::{Tools, on_kernel};
 use netns::NetnsWorker;
 use reconcile::Reconciler;
 use registry::Registry;
+use share::NodeShare;
 use shelf::Shelf;
 
 /// How long the tasks of pods may take to close their listeners.
@@ -66,6 +79,9 @@ pub struct CaptureOptions {
     pub node: String,
     /// Where programs are attached and pinned.
     pub kernel: KernelOptions,
+    /// Directories of cgroups that may probe the pods, also of such as are not there yet; at most
+    /// 64.
+    pub probe_cgroups: Vec<PathBuf>,
 }
 
 /// Why capture could not be started or taken away.
@@ -90,6 +106,7 @@ pub struct Capture {
     stop: CancellationToken,
     stop_pods: CancellationToken,
     last: ArcSwapOption<Snapshot>,
+    memory: Arc<Mutex<MemoryStatus>>,
 }
 
 impl Capture {
@@ -132,6 +149,7 @@ impl Capture {
             worker: NetnsWorker::start("netns-enrol")?,
             sockets: NetnsWorker::start("netns-sockets")?,
             handler,
+            share: NodeShare::new(share::descriptors()),
             counters: Arc::new(Counters::default()),
         });
         let (wanted, snapshots) = watch::channel(None);
@@ -145,6 +163,7 @@ impl Capture {
             stop: CancellationToken::new(),
             stop_pods: CancellationToken::new(),
             last: ArcSwapOption::empty(),
+            memory: Arc::default(),
         });
         let reconciler = Reconciler {
             node: options.node,
@@ -156,7 +175,22 @@ impl Capture {
             stop_pods: capture.stop_pods.clone(),
             stop: capture.stop.clone(),
         };
+        probers::look(capture.kernel(), &options.probe_cgroups)?;
         capture.tasks.spawn(reconciler.run());
+        capture.tasks.spawn(memory::follow(
+            capture.tools.share.clone(),
+            capture.memory.clone(),
+            capture.stop.clone(),
+        ));
+        capture.tasks.spawn(addresses::follow(
+            capture.tools.kernel.clone(),
+            capture.stop.clone(),
+        ));
+        capture.tasks.spawn(probers::follow(
+            capture.tools.kernel.clone(),
+            options.probe_cgroups,
+            capture.stop.clone(),
+        ));
         Ok(capture)
     }
 
@@ -183,10 +217,34 @@ impl Capture {
     #[must_use]
     pub fn pods(&self) -> Vec<PodStatus> {
         let mut pods = self.registry.statuses();
+        for pod in &mut pods {
+            if let Some(netns_cookie) = pod.netns_cookie {
+                pod.native = native::view(&self.tools.kernel, netns_cookie);
+            }
+        }
         if let Some(snapshot) = self.last.load().as_ref() {
             pods.extend(reconcile::kept_out(&self.node, snapshot));
         }
         pods
+    }
+
+    /// What the native connections of each pod in the mesh carried, where there were any: at most
+    /// five classes a pod.
+    #[must_use]
+    pub fn native(&self) -> Vec<NativeSample> {
+        native::samples(&self.tools.kernel, &self.registry.all_enrolled())
+    }
+
+    /// The pods that are in the mesh.
+    #[must_use]
+    pub fn all_enrolled(&self) -> Vec<Arc<EnrolledPod>> {
+        self.registry.all_enrolled()
+    }
+
+    /// The memory that the agent uses and may use, at the last look.
+    #[must_use]
+    pub fn memory(&self) -> MemoryStatus {
+        self.memory.lock().clone()
     }
 
     /// Programs and maps.

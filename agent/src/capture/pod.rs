@@ -9,44 +9,23 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use arc_swap::{ArcSwap, ArcSwapOption};
-use nix::sys::resource::{Resource, getrlimit};
 use socket2::Socket;
 use thiserror::Error;
-use tokio::net::TcpStream;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::net::{TcpListener, TcpStream};
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tokio_util::task::task_tracker::TaskTrackerToken;
 
+use super::accept::Role;
+use super::backlog::{Backlog, Backlogs};
 use super::counters::{Counters, Event};
 use super::kernel::{Intent, Kernel, KernelError};
 use super::netns::{Netns, NetnsError, NetnsWorker};
 use super::ports::{Choice, SourcePorts};
+use super::share::{Full, PodShare, Slot};
 use super::sockets::{self, PodAddresses, unmapped};
 use crate::mesh::Workload;
-
-/// How many connections of one pod may be live, where the process may hold enough descriptors; at
-/// the bound, new ones are reset and counted.
-pub const CONNECTIONS_PER_POD: usize = 16_384;
-
-/// A connection has two sockets here: the accepted one and the one to its destination.
-const DESCRIPTORS_PER_CONNECTION: u64 = 2;
-/// What a single pod leaves of the process's descriptors for everything else, others among it.
-const DESCRIPTORS_FOR_OTHERS: u64 = 1_024;
-
-/// The bound under a limit of so many descriptors: no pod alone can use them up.
-fn connections_per_pod(descriptors: u64) -> usize {
-    let share = descriptors.saturating_sub(DESCRIPTORS_FOR_OTHERS) / DESCRIPTORS_PER_CONNECTION;
-    // Less than this and the limit is too low for an agent anyway; accept(2) then rests.
-    let share = share.max(descriptors / (2 * DESCRIPTORS_PER_CONNECTION));
-    usize::try_from(share).map_or(CONNECTIONS_PER_POD, |share| share.min(CONNECTIONS_PER_POD))
-}
-
-/// The process's own; where the kernel does not say, the bound is that of a usual limit.
-fn descriptors() -> u64 {
-    getrlimit(Resource::RLIMIT_NOFILE).map_or(u64::MAX, |(soft, _)| soft)
-}
 
 /// After so long, a delivery that nobody answered tries another port: its tuple may be that of a
 /// real connection, which the app's answer then goes to.
@@ -132,7 +111,9 @@ pub struct EnrolledPod {
     worker: NetnsWorker,
     ports: SourcePorts,
     live: TaskTracker,
-    permits: Arc<Semaphore>,
+    share: Arc<PodShare>,
+    refused: [AtomicU64; Full::ALL.len()],
+    backlogs: Backlogs,
     gone: CancellationToken,
     cut: CancellationToken,
     counters: Arc<Counters>,
@@ -140,6 +121,7 @@ pub struct EnrolledPod {
 }
 
 /// Counts as one live connection of its pod until dropped.
+#[derive(Debug)]
 pub struct Tracked(#[allow(dead_code)] TaskTrackerToken);
 
 impl fmt::Debug for EnrolledPod {
@@ -176,6 +158,7 @@ pub(super) struct PodParts {
     pub netns: Arc<Netns>,
     pub kernel: Arc<Kernel>,
     pub worker: NetnsWorker,
+    pub share: Arc<PodShare>,
     pub ports: SourcePorts,
     pub counters: Arc<Counters>,
 }
@@ -211,17 +194,34 @@ impl EnrolledPod {
         Tracked(self.live.token())
     }
 
-    /// As [`EnrolledPod::track`], for a connection that came inside a tunnel: none, and counted, if
-    /// the pod has as many as it may have.
+    /// As [`EnrolledPod::track`], for a connection that came inside a tunnel: not if there is no
+    /// room for it.
+    pub fn admit(&self) -> Result<(Tracked, Slot), Full> {
+        Ok((self.track(), self.slot()?))
+    }
+
+    /// A place for one more connection; that there is none is counted.
+    pub fn slot(&self) -> Result<Slot, Full> {
+        self.share.take().inspect_err(|full| {
+            self.refused[*full as usize].fetch_add(1, Ordering::Relaxed);
+            self.counters.count(match full {
+                Full::Pod => Event::PodFull,
+                Full::Node => Event::NodeFull,
+                Full::Memory => Event::MemoryShort,
+            });
+        })
+    }
+
+    /// How many connections found no place, for each reason.
     #[must_use]
-    pub fn admit(&self) -> Option<(Tracked, OwnedSemaphorePermit)> {
-        match self.permits.clone().try_acquire_owned() {
-            Ok(permit) => Some((self.track(), permit)),
-            Err(_) => {
-                self.counters.count(Event::PodFull);
-                None
-            }
-        }
+    pub fn refused(&self) -> [(Full, u64); Full::ALL.len()] {
+        Full::ALL.map(|full| (full, self.refused[full as usize].load(Ordering::Relaxed)))
+    }
+
+    /// The queues of its listeners.
+    #[must_use]
+    pub fn backlogs(&self) -> Vec<Backlog> {
+        self.backlogs.read()
     }
 
     /// How many connections are live.
@@ -404,7 +404,9 @@ impl EnrolledPod {
             worker: parts.worker,
             ports: parts.ports,
             live: TaskTracker::new(),
-            permits: Arc::new(Semaphore::new(connections_per_pod(descriptors()))),
+            share: parts.share,
+            refused: Default::default(),
+            backlogs: Backlogs::default(),
             gone: CancellationToken::new(),
             cut: CancellationToken::new(),
             counters: parts.counters,
@@ -430,8 +432,9 @@ impl EnrolledPod {
         &self.ports
     }
 
-    pub(super) fn permits(&self) -> &Arc<Semaphore> {
-        &self.permits
+    /// Has a listener of the pod's in [`EnrolledPod::backlogs`], as long as it is open.
+    pub(super) fn watch_backlog(&self, role: Role, listener: &Arc<TcpListener>) {
+        self.backlogs.watch(role, listener);
     }
 
     /// Cancelled when whatever still handles a connection of the pod is dropped.
@@ -480,14 +483,6 @@ fn dial_error(destination: SocketAddr, source: io::Error) -> DialError {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn one_pod_cannot_use_up_the_descriptors_of_the_process() {
-        assert_eq!(connections_per_pod(1 << 20), CONNECTIONS_PER_POD);
-        assert_eq!(connections_per_pod(20_000), 9_488);
-        assert_eq!(connections_per_pod(1_024), 256);
-        assert_eq!(connections_per_pod(u64::MAX), CONNECTIONS_PER_POD);
-    }
 
     #[test]
     fn each_errno_has_its_meaning() {

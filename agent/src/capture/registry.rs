@@ -203,6 +203,13 @@ impl Registry {
         self.pods.lock().get(uid)?.slot.enrolled.load_full()
     }
 
+    /// The pods that are in the mesh.
+    pub fn all_enrolled(&self) -> Vec<Arc<EnrolledPod>> {
+        let pods = self.pods.lock();
+        let enrolled = |entry: &Entry| entry.slot.enrolled.load_full();
+        pods.values().filter_map(enrolled).collect()
+    }
+
     /// How far each pod is.
     pub fn statuses(&self) -> Vec<PodStatus> {
         let slots: Vec<_> = self
@@ -220,7 +227,7 @@ impl Registry {
                     .load_full()
                     .or_else(|| slot.leaving.load_full());
                 if let Some(pod) = pod {
-                    status.connections = pod.live();
+                    status.observe(&pod);
                 }
                 status
             })

@@ -104,7 +104,7 @@ impl Field<'_> {
             drop((hoard, server));
             Ok(made.attempts - made.succeeded)
         };
-        let metric = (EVENTS, ("event", "pod_full"));
+        let metric = (EVENTS, ("event", "node_full"));
         self.judged("fill_maps_and_descriptors", metric, attack, control)
     }
 

@@ -8,6 +8,7 @@ mod error;
 mod maps;
 mod object;
 mod pins;
+mod probes;
 mod reach;
 mod staged;
 mod status;
@@ -25,13 +26,16 @@ use parking_lot::Mutex;
 use undermesh_common::{Address, ListenerKey, PodConstants, Tuple};
 
 pub use error::KernelError;
+pub use probes::{PROBE_PORTS_PER_POD, ProbeCgroup, ProbeCgroupState};
 pub use status::{
     AttachPoint, FeatureStatus, ForeignProgram, KernelStatus, MapStatus, ProgramStatus,
 };
-pub use undermesh_common::{CAPTURE_MARK, Family, HBONE_PORT, Intent, ListenerKind, NativeTraffic};
+pub use undermesh_common::{
+    CAPTURE_MARK, DestinationClass, Family, HBONE_PORT, Intent, ListenerKind, NativeTraffic,
+};
 
 use self::maps::Maps;
-use self::object::{CONNECT4, CONNECT6, LOOKUP, Loader, SOCK_OPS};
+use self::object::{CONNECT4, CONNECT6, LOOKUP, Loader, SETSOCKOPT, SOCK_OPS};
 use self::pins::{Pins, Target};
 use self::reach::Reach;
 use self::staged::Staged;
@@ -96,8 +100,9 @@ enum Predecessor {
 }
 
 /// The programs at the cgroup: name, pin, hook.
-const CGROUP_PROGRAMS: [(&str, &str, AttachType); 3] = [
+const CGROUP_PROGRAMS: [(&str, &str, AttachType); 4] = [
     (SOCK_OPS, "link_sock_ops", AttachType::SockOps),
+    (SETSOCKOPT, "link_setsockopt", AttachType::SetSockopt),
     (CONNECT4, "link_connect4", AttachType::Connect4),
     (CONNECT6, "link_connect6", AttachType::Connect6),
 ];
@@ -159,6 +164,7 @@ impl Kernel {
         };
         if predecessor == Predecessor::Gone {
             kernel.forget_leftover_intents(&intents)?;
+            kernel.forget_leftover_probe_ports()?;
         }
         if !is_staged {
             kernel.look_how_far()?;
@@ -240,12 +246,13 @@ impl Kernel {
         attach_to_netns(&self.pins, netns, pod.netns_cookie, program.as_fd())
     }
 
-    /// Detaches it. That it is not attached is no error.
+    /// Detaches it, and forgets the pod's probe ports. That it is not attached is no error.
     pub fn detach_lookup(&self, netns_cookie: u64) -> Result<(), KernelError> {
         if let Some(staged) = self.staged.lock().as_mut() {
             staged.lookups.remove(&netns_cookie);
         }
-        self.pins.detach(&lookup_pin(netns_cookie))
+        let detached = self.pins.detach(&lookup_pin(netns_cookie));
+        detached.and(self.remove_probe_ports(netns_cookie))
     }
 
     /// Whether it is attached to a network namespace that still exists, as the kernel says, or waits
@@ -329,10 +336,30 @@ impl Kernel {
         self.maps.counters()
     }
 
-    /// What the closed native connections of a pod carried, none if it is not enrolled.
+    /// What the closed native connections of a pod carried, by the class of their destination;
+    /// nothing if it is not enrolled.
     #[must_use]
-    pub fn native_traffic(&self, netns_cookie: u64) -> Option<NativeTraffic> {
+    pub fn native_traffic(&self, netns_cookie: u64) -> Vec<(DestinationClass, NativeTraffic)> {
         self.maps.native.of(netns_cookie)
+    }
+
+    /// Makes these the addresses of the node, at most 1,024, the lowest.
+    pub fn set_node_addresses(&self, addresses: &BTreeSet<IpAddr>) -> Result<(), KernelError> {
+        let table = &self.maps.node_addresses;
+        let wanted: BTreeSet<Address> = addresses
+            .iter()
+            .take(table.bound() as usize)
+            .map(|&address| address.into())
+            .collect();
+        let held: BTreeSet<Address> = table.keys()?.into_iter().collect();
+        // Gone ones first: they make room.
+        for address in held.difference(&wanted) {
+            table.remove(address)?;
+        }
+        for address in wanted.difference(&held) {
+            table.put(address, &1)?;
+        }
+        Ok(())
     }
 
     /// Detaches what agents of another layout left that was not replaced, and forgets their maps.

@@ -11,6 +11,7 @@ mod http_route;
 mod membership;
 mod node;
 mod pod;
+mod probes;
 mod reference_grant;
 mod route;
 mod route_cors;
