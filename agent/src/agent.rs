@@ -24,7 +24,7 @@ use crate::identity::{
 };
 use crate::inbound::Inbound;
 use crate::mesh::{MeshConfig, SharedSnapshot, Snapshot};
-use crate::outbound::Outbound;
+use crate::outbound::{Clock, Destinations, EventReporter, Outbound, maintain};
 use crate::telemetry::{Labelled, Logging, Telemetry, housekeep};
 use crate::tunnel::{Pool, PoolOptions};
 
@@ -158,11 +158,15 @@ pub async fn run(
     tokio::spawn(certificates.clone().run(background.clone()));
 
     let pool = Pool::new(PoolOptions::default());
+    let events = Arc::new(EventReporter::default());
+    let destinations = Destinations::new(snapshot.clone(), Clock::start(), events.clone());
+    tokio::spawn(maintain(destinations.clone(), background.clone()));
     let dispatch = Arc::new(Dispatch {
         outbound: Arc::new(Outbound::new(
             snapshot.clone(),
             certificates.clone(),
             pool.clone(),
+            destinations.clone(),
             telemetry.clone(),
         )),
         inbound: Arc::new(Inbound {
@@ -195,7 +199,7 @@ pub async fn run(
         snapshot.clone(),
         background.clone(),
     ));
-    count(&telemetry, &capture, &certificates, &pool);
+    count(&telemetry, &capture, &certificates, &pool, &events);
 
     let state = admin_state(
         &options,
@@ -277,6 +281,7 @@ fn count(
     capture: &Arc<Capture>,
     certificates: &Arc<Certificates>,
     pool: &Arc<Pool>,
+    events: &Arc<EventReporter>,
 ) {
     fn labelled(label: &'static str, counters: Vec<(&'static str, u64)>) -> Vec<Labelled<u64>> {
         let sample = |(name, value)| Labelled::one(label, name, value);
@@ -305,6 +310,12 @@ fn count(
         "undermesh_tunnel_events",
         "What happened in the pool of tunnels",
         move || labelled("event", pool.counters()),
+    );
+    let events = events.clone();
+    telemetry.register_counter(
+        "undermesh_destination_events",
+        "Movements of circuit breakers, and of endpoints out of the balance and back",
+        move || labelled("event", events.counters()),
     );
 }
 

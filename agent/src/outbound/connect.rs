@@ -1,4 +1,4 @@
-//! One attempt to reach one endpoint.
+//! How one pod reaches one endpoint.
 
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
@@ -8,28 +8,44 @@ use std::time::Duration;
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 
+use super::destinations::EndpointId;
 use super::path::{NoPath, Path, path};
-use super::target::{Target, pod_of};
-use super::{Load, Outbound};
+use super::target::pod_of;
 use crate::capture::{Capture, Dial, DialError, EnrolledPod};
-use crate::mesh::{Endpoint, Snapshot, SpiffeId, authorize};
-use crate::telemetry::{Connection, FailureReason, Party, Security, error_chain};
-use crate::tunnel::{self, ConnectRequest, TunnelError, TunnelKey, Tunnelled};
+use crate::identity::Certificates;
+use crate::mesh::{ObjectName, Snapshot, SpiffeId, authorize};
+use crate::resilience::{Outcome, Unsent};
+use crate::telemetry::{FailureReason, Party, Security, error_chain};
+use crate::tunnel::{self, ConnectRequest, Pool, TunnelError, TunnelKey, Tunnelled};
 
 /// How long a connection waits for its identity's first certificate, as right after enrolment.
 const FIRST_CERTIFICATE: Duration = Duration::from_secs(5);
 
-/// The connection that looks for an endpoint.
-pub(super) struct Origin<'a> {
-    pub(super) peer: SocketAddr,
-    pub(super) target: &'a Target,
-    pub(super) connection: &'a Connection,
+/// Opens connections in the names of this node's pods.
+pub(super) struct Dialer {
+    certificates: Arc<Certificates>,
+    tunnels: Arc<Pool>,
 }
 
-/// An endpoint that answered.
-pub(super) struct Connected {
-    pub(super) upstream: Upstream,
-    pub(super) load: Load,
+/// How an endpoint is reached, as decided before anything is dialled.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Way {
+    /// Where to.
+    pub(super) endpoint: SocketAddr,
+    /// By what.
+    pub(super) path: Path,
+    /// Who is there.
+    pub(super) destination: Party,
+}
+
+impl Way {
+    pub(super) fn security(&self) -> Security {
+        match self.path {
+            Path::SameNode => Security::SameNode,
+            Path::Tunnel(_) => Security::MutualTls,
+            Path::Plaintext => Security::Plaintext,
+        }
+    }
 }
 
 /// What leads to the endpoint.
@@ -66,58 +82,96 @@ impl Failure {
     pub(super) fn may_go_elsewhere(&self) -> bool {
         self.elsewhere
     }
+
+    /// What it says about the endpoint and its destination: nothing, where this side could not or
+    /// would not do it.
+    pub(super) fn outcome(&self) -> Outcome {
+        match self.reason {
+            FailureReason::ConnectTimeout => Outcome::Unsent(Unsent::ConnectTimeout),
+            FailureReason::ConnectRefused
+            | FailureReason::Unreachable
+            | FailureReason::Tls
+            | FailureReason::PeerIdentity
+            | FailureReason::TunnelRefused
+            | FailureReason::TunnelLost => Outcome::Unsent(Unsent::ConnectFailed),
+            FailureReason::PodGone => Outcome::Cancelled,
+            _ => Outcome::Shed,
+        }
+    }
 }
 
-impl Outbound {
-    pub(super) async fn connect_to(
+impl Dialer {
+    pub(super) fn new(certificates: Arc<Certificates>, tunnels: Arc<Pool>) -> Self {
+        Self {
+            certificates,
+            tunnels,
+        }
+    }
+
+    /// The way from a pod to an endpoint, if there is one and it is allowed.
+    pub(super) fn way(
         &self,
-        pod: &Arc<EnrolledPod>,
+        pod: &EnrolledPod,
         capture: &Capture,
         snapshot: &Snapshot,
-        origin: &Origin<'_>,
-        endpoint: &Endpoint,
-    ) -> Result<Upstream, Failure> {
+        endpoint: &EndpointId,
+    ) -> Result<Way, Failure> {
         let client = pod.workload();
         let destination = pod_of(snapshot, endpoint);
         let enrolled = destination.and_then(|workload| capture.enrolled(&workload.uid));
-        let config = snapshot.config();
-        let way = path(
+        let path = path(
             &client,
             destination.map(AsRef::as_ref),
             enrolled.is_some(),
-            config,
+            snapshot.config(),
         );
-        let way = way.map_err(|none| no_path(none, endpoint.address))?;
-        origin.connection.update(|info| {
-            info.destination = match destination {
-                Some(workload) => Party::of(workload, endpoint.address),
-                None => Party::unknown(endpoint.address),
-            };
-            info.security = match way {
-                Path::SameNode => Security::SameNode,
-                Path::Tunnel(_) => Security::MutualTls,
-                Path::Plaintext => Security::Plaintext,
-            };
-        });
-        let limit = config.connect_timeout;
-        match way {
-            Path::SameNode => {
-                let mode = destination
-                    .and_then(|workload| workload.mode())
-                    .unwrap_or_default();
-                authorize(mode, Some(&client.identity))
-                    .map_err(|denied| Failure::new(FailureReason::Denied, denied.to_string()))?;
-                dial(pod, Dial::Admitted(endpoint.address), limit)
-                    .await
-                    .map(Upstream::Socket)
-            }
-            Path::Plaintext => dial(pod, Dial::Direct(endpoint.address), limit)
+        let path = path.map_err(|none| no_path(none, endpoint.address))?;
+        if path == Path::SameNode {
+            let mode = destination
+                .and_then(|workload| workload.mode())
+                .unwrap_or_default();
+            authorize(mode, Some(&client.identity))
+                .map_err(|denied| Failure::new(FailureReason::Denied, denied.to_string()))?;
+        }
+        let destination = match destination {
+            Some(workload) => Party::of(workload, endpoint.address),
+            None => Party::unknown(endpoint.address),
+        };
+        Ok(Way {
+            endpoint: endpoint.address,
+            path,
+            destination,
+        })
+    }
+
+    /// Opens a connection. `peer` and `service` say on whose behalf; `limit` is that of a TCP
+    /// connect.
+    pub(super) async fn open(
+        &self,
+        pod: &Arc<EnrolledPod>,
+        way: &Way,
+        peer: SocketAddr,
+        service: Option<&ObjectName>,
+        limit: Duration,
+    ) -> Result<Upstream, Failure> {
+        match &way.path {
+            Path::SameNode => dial(pod, Dial::Admitted(way.endpoint), limit)
                 .await
                 .map(Upstream::Socket),
-            Path::Tunnel(identity) => self
-                .tunnel(pod, identity, endpoint.address, origin, limit)
+            Path::Plaintext => dial(pod, Dial::Direct(way.endpoint), limit)
                 .await
-                .map(Upstream::Tunnel),
+                .map(Upstream::Socket),
+            Path::Tunnel(identity) => {
+                let request = ConnectRequest {
+                    authority: way.endpoint,
+                    forwarded: Some((peer, service.map(ToString::to_string))),
+                    baggage: None,
+                    traceparent: None,
+                };
+                self.tunnel(pod, identity.clone(), request, limit)
+                    .await
+                    .map(Upstream::Tunnel)
+            }
         }
     }
 
@@ -125,11 +179,9 @@ impl Outbound {
         &self,
         pod: &Arc<EnrolledPod>,
         identity: SpiffeId,
-        endpoint: SocketAddr,
-        origin: &Origin<'_>,
+        request: ConnectRequest,
         limit: Duration,
     ) -> Result<Tunnelled, Failure> {
-        self.close_tunnels_with(pod);
         let client = pod.workload();
         let certificate = self
             .certificates
@@ -140,16 +192,7 @@ impl Outbound {
             netns_cookie: pod.netns_cookie(),
             source: client.identity.clone(),
             destinations: Arc::new(BTreeSet::from([identity])),
-            address: SocketAddr::new(endpoint.ip(), tunnel::HBONE_PORT),
-        };
-        let request = ConnectRequest {
-            authority: endpoint,
-            forwarded: Some((
-                origin.peer,
-                origin.target.service.as_ref().map(ToString::to_string),
-            )),
-            baggage: None,
-            traceparent: None,
+            address: SocketAddr::new(request.authority.ip(), tunnel::HBONE_PORT),
         };
         let dial = || async {
             match timeout(limit, pod.connect(Dial::Direct(key.address))).await {
@@ -160,7 +203,7 @@ impl Outbound {
                 )),
             }
         };
-        self.pool
+        self.tunnels
             .open(&key, certificate, request, dial)
             .await
             .map_err(|error| tunnel_failure(&error))
@@ -236,6 +279,7 @@ mod tests {
     use std::io;
 
     use super::*;
+    use crate::resilience::Verdict;
     use crate::tunnel::Stage;
 
     fn peer() -> SocketAddr {
@@ -326,6 +370,25 @@ mod tests {
         ] {
             assert_eq!(failure.reason, reason, "{}", failure.detail);
             assert!(!failure.may_go_elsewhere(), "{}", failure.detail);
+        }
+    }
+
+    #[test]
+    fn only_what_an_endpoint_did_is_charged_to_it() {
+        let charged = [
+            FailureReason::ConnectRefused,
+            FailureReason::ConnectTimeout,
+            FailureReason::Unreachable,
+            FailureReason::Tls,
+            FailureReason::PeerIdentity,
+            FailureReason::TunnelRefused,
+            FailureReason::TunnelLost,
+        ];
+        for reason in FailureReason::ALL {
+            let outcome = Failure::new(reason, "").outcome();
+            let expected = charged.contains(&reason).then_some(Verdict::Bad);
+            assert_eq!(outcome.of_endpoint(), expected, "{reason}");
+            assert_eq!(outcome.of_destination(), expected, "{reason}");
         }
     }
 

@@ -325,6 +325,23 @@ impl<T: Target> Source<T> {
         Ok(Attempt::begin(Arc::clone(self), endpoint, probe, now))
     }
 
+    /// Takes this endpoint for an attempt that begins now, as a session wants it. None if it is not
+    /// there any more, or ejected.
+    pub fn pick_this(self: &Arc<Self>, target: &T, now: Timestamp) -> Option<Attempt<T>> {
+        self.state.seen(now);
+        let set = self.destination.set.load();
+        let endpoint = set.get(target)?;
+        if endpoint.is_ejected() || self.ejects(target) {
+            return None;
+        }
+        Some(Attempt::begin(
+            Arc::clone(self),
+            Arc::clone(endpoint),
+            None,
+            now,
+        ))
+    }
+
     /// A worker's own way to pick, for one that picks often and sees its attempts end itself.
     pub fn worker(&self) -> Worker<'_, T> {
         Worker {

@@ -441,3 +441,22 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn a_session_gets_its_endpoint_as_long_as_that_stands() {
+    let bench = setup(3, Algorithm::PeakEwma);
+    let source = bench.source(1);
+    for _ in 0..20 {
+        let attempt = source.pick_this(&1, bench.now).unwrap();
+        assert_eq!(*attempt.target(), 1);
+        attempt.finish(Outcome::Success, bench.now);
+    }
+    assert!(source.pick_this(&9, bench.now).is_none());
+    for _ in 0..5 {
+        let attempt = source.pick_this(&1, bench.now).unwrap();
+        attempt.finish(BAD, bench.now);
+    }
+    assert!(source.pick_this(&1, bench.now).is_none());
+    bench.destination.remove(&2, bench.now);
+    assert!(source.pick_this(&2, bench.now).is_none());
+}
