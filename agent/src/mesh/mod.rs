@@ -7,6 +7,7 @@ mod authorize;
 mod claims;
 mod config;
 mod node;
+mod policy;
 mod service;
 mod snapshot;
 mod spiffe;
@@ -16,6 +17,10 @@ mod workload;
 pub use authorize::{Denied, authorize};
 pub use config::{MeshConfig, Mode, ModeError};
 pub use node::Node;
+pub use policy::{
+    ConnectionLimits, FallbackBackend, HashKey, HeaderMatch, Locality, Nearness, RouteId,
+    RouteKind, StreamTimeouts, TrafficPolicy,
+};
 pub use service::{Endpoint, Service, ServicePort};
 pub use snapshot::{Destination, SharedSnapshot, Snapshot};
 pub use spiffe::{NAME_MAX, SpiffeId, SpiffeIdError, TrustDomain, is_kubernetes_name};

