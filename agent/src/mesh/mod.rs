@@ -8,6 +8,7 @@ mod claims;
 mod config;
 mod node;
 mod policy;
+pub mod route;
 mod service;
 mod snapshot;
 mod spiffe;

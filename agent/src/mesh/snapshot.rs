@@ -7,7 +7,10 @@ use std::sync::Arc;
 use arc_swap::ArcSwap;
 
 use super::claims::ClaimMap;
-use super::policy::{RouteId, TrafficPolicy};
+use super::policy::TrafficPolicy;
+use super::route::{
+    Attached, RouteId, RouteStatus, RouteTable, Routes, ServiceRoutes, StreamRoutes,
+};
 use super::targets::{CaptureTarget, TargetChanges, Targets};
 use super::{Endpoint, MeshConfig, Node, ObjectName, Service, ServicePort, Workload, WorkloadUid};
 
@@ -28,6 +31,7 @@ pub struct Snapshot {
     by_endpoint: imbl::HashMap<WorkloadUid, imbl::OrdSet<ObjectName>>,
     targets: Targets,
     default_policy: Arc<TrafficPolicy>,
+    routes: Routes,
 }
 
 /// What an original destination address means.
@@ -252,6 +256,65 @@ impl Snapshot {
             .collect()
     }
 
+    /// The HTTPRoutes or GRPCRoutes for requests of clients of this namespace to this port of a
+    /// Service. None if there is none: such requests go to the Service itself.
+    #[must_use]
+    pub fn routes(
+        &self,
+        service: &ObjectName,
+        port: u16,
+        client_namespace: &str,
+    ) -> Option<Arc<RouteTable>> {
+        match self.routes.of(service)?.attached(port, client_namespace)? {
+            Attached::Requests(table) => Some(table.clone()),
+            Attached::Streams(_) => None,
+        }
+    }
+
+    /// The TLSRoutes or TCPRoutes for connections of clients of this namespace to this port of a
+    /// Service. None if there is none: such connections go to the Service itself.
+    #[must_use]
+    pub fn stream_routes(
+        &self,
+        service: &ObjectName,
+        port: u16,
+        client_namespace: &str,
+    ) -> Option<Arc<StreamRoutes>> {
+        match self.routes.of(service)?.attached(port, client_namespace)? {
+            Attached::Streams(routes) => Some(routes.clone()),
+            Attached::Requests(_) => None,
+        }
+    }
+
+    /// All routes of a Service, whether it exists or not.
+    #[must_use]
+    pub fn routes_of(&self, service: &ObjectName) -> Option<&Arc<ServiceRoutes>> {
+        self.routes.of(service)
+    }
+
+    /// Puts routes in force for a Service in place of those that were; none takes them away. Its
+    /// ports with routes are captured even if no endpoint is meshed.
+    pub fn set_routes(&mut self, service: &ObjectName, routes: Option<Arc<ServiceRoutes>>) {
+        let affected = self.services.get(service).cloned();
+        if let Some(service) = &affected {
+            self.release_targets(service);
+        }
+        self.routes.set(service, routes);
+        if let Some(service) = &affected {
+            self.claim_targets(service);
+        }
+    }
+
+    /// Statuses of all routes, by kind and name.
+    pub fn route_statuses(&self) -> impl Iterator<Item = &Arc<RouteStatus>> {
+        self.routes.statuses()
+    }
+
+    /// Replaces the status of a route; none takes it away.
+    pub fn set_route_status(&mut self, route: &RouteId, status: Option<Arc<RouteStatus>>) {
+        self.routes.set_status(route, status);
+    }
+
     /// What a connection to this address is for. Services come before pods, as in kube-proxy.
     #[must_use]
     pub fn resolve(&self, destination: SocketAddr) -> Destination {
@@ -270,6 +333,12 @@ impl Snapshot {
             Some(workload) => Destination::Workload(workload.clone()),
             None => Destination::Unknown,
         }
+    }
+
+    /// What traffic gets that no policy attaches to.
+    #[must_use]
+    pub fn default_policy(&self) -> &Arc<TrafficPolicy> {
+        &self.default_policy
     }
 
     /// What traffic to a Service's port of this name (empty if it has none) gets, whatever the
@@ -291,7 +360,7 @@ impl Snapshot {
     }
 
     /// Every destination that is captured: meshed pods on all ports, and Services' ports with at
-    /// least one meshed endpoint.
+    /// least one meshed endpoint or a route.
     #[must_use]
     pub fn capture_targets(&self) -> BTreeSet<CaptureTarget> {
         self.targets.to_set()
@@ -323,11 +392,15 @@ impl Snapshot {
     }
 
     fn targets_of(&self, service: &Service) -> Vec<CaptureTarget> {
-        let meshed = |port: &&ServicePort| port.endpoints.iter().any(|one| self.is_meshed(one));
+        let routes = self.routes.of(&service.name);
+        let wanted = |port: &&ServicePort| {
+            routes.is_some_and(|routes| routes.has_port(port.port))
+                || port.endpoints.iter().any(|one| self.is_meshed(one))
+        };
         service
             .ports
             .iter()
-            .filter(meshed)
+            .filter(wanted)
             .flat_map(|port| {
                 service.vips.iter().map(|&address| CaptureTarget {
                     address,

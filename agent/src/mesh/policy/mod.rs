@@ -3,12 +3,11 @@
 mod connections;
 mod hash;
 mod locality;
-mod route_id;
 
 pub use connections::{ConnectionLimits, StreamTimeouts};
 pub use hash::HashKey;
 pub use locality::{Locality, Nearness};
-pub use route_id::{RouteId, RouteKind};
+pub use super::route::{RouteId, RouteKind};
 
 use http::{HeaderMap, HeaderName, HeaderValue};
 
