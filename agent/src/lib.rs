@@ -6,6 +6,7 @@ pub mod agent;
 pub mod capture;
 pub mod cli;
 pub mod discovery;
+pub mod http;
 pub mod identity;
 pub mod inbound;
 pub mod mesh;

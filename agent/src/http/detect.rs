@@ -1,0 +1,381 @@
+//! What a connection speaks, from hints and from its first bytes.
+
+use std::io;
+use std::os::fd::AsRawFd;
+use std::time::Duration;
+
+use nix::sys::socket::{MsgFlags, recv};
+use tokio::io::Interest;
+use tokio::net::TcpStream;
+use tokio::time::{Instant, timeout_at};
+
+use crate::tunnel::TunnelIo;
+
+/// The most of a connection that is looked at, in bytes: a ClientHello with everything that clients
+/// put before its server name fits.
+pub const SNIFF_BYTES: usize = 4096;
+
+/// The longest method that is taken for one: `UPDATEREDIRECTREF` of RFC 4437 has 17 letters.
+const METHOD_BYTES: usize = 20;
+
+const H2_PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+
+/// What a connection speaks.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Protocol {
+    /// HTTP/1.0 or 1.1.
+    Http1,
+    /// HTTP/2 with prior knowledge.
+    Http2,
+    /// TLS, and the name that the client asks for.
+    Tls {
+        /// `server_name` (RFC 6066 §3), in lower case; only a name that is one.
+        sni: Option<Box<str>>,
+    },
+    /// Anything else.
+    Opaque,
+}
+
+/// What the first bytes say.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Sniff {
+    /// This.
+    Decided(Protocol),
+    /// Not enough yet.
+    More,
+}
+
+/// What configuration says about a port.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Hint {
+    /// HTTP/1.1.
+    Http1,
+    /// HTTP/2 with prior knowledge.
+    Http2,
+    /// gRPC: HTTP/2.
+    Grpc,
+    /// HTTP/1.1 or HTTP/2: the first bytes tell.
+    Http,
+    /// TLS: the first bytes name the server.
+    Tls,
+    /// Never looked at, and never waited for: a server may speak first.
+    Opaque,
+    /// Nothing: the first bytes tell, if they come within a bound.
+    #[default]
+    None,
+}
+
+/// What a port says of itself: `opaque` (annotation `undermesh.io/opaque-ports`) wins over
+/// `appProtocol` (KEP-3726, Istio's names), and that over the port's name, whose part before the
+/// first `-` counts as in Istio.
+#[must_use]
+pub fn hint(app_protocol: Option<&str>, port_name: &str, opaque: bool) -> Hint {
+    if opaque {
+        return Hint::Opaque;
+    }
+    if let Some(protocol) = app_protocol {
+        let protocol = protocol.strip_prefix("kubernetes.io/").unwrap_or(protocol);
+        let hint = named(protocol);
+        // A protocol that nobody here knows is none that HTTP rules apply to, but it may be
+        // anything: the first bytes tell.
+        if hint != Hint::None {
+            return hint;
+        }
+    }
+    named(port_name.split('-').next().unwrap_or_default())
+}
+
+fn named(protocol: &str) -> Hint {
+    let is = |names: &[&str]| names.iter().any(|name| protocol.eq_ignore_ascii_case(name));
+    if is(&["http", "http1", "ws"]) {
+        // A server of HTTP/1.1 may take HTTP/2 as well: its clients decide.
+        Hint::Http
+    } else if is(&["http2", "h2c"]) {
+        Hint::Http2
+    } else if is(&["grpc"]) {
+        Hint::Grpc
+    } else if is(&["https", "tls", "wss"]) {
+        Hint::Tls
+    } else if is(&[
+        "tcp",
+        "mysql",
+        "redis",
+        "mongo",
+        "postgres",
+        "postgresql",
+        "smtp",
+        "amqp",
+    ]) {
+        Hint::Opaque
+    } else {
+        Hint::None
+    }
+}
+
+impl Hint {
+    /// The answer, where no byte has to be seen for it. A hint of HTTP is checked against the first
+    /// bytes all the same: what is no HTTP must not be answered by a HTTP server.
+    fn decided(self) -> Option<Protocol> {
+        (self == Self::Opaque).then_some(Protocol::Opaque)
+    }
+
+    /// Whether a silent client is waited for, as long as it likes: in these protocols the client
+    /// speaks first.
+    fn waits(self) -> bool {
+        !matches!(self, Self::None | Self::Opaque)
+    }
+}
+
+/// Looks at the first bytes of a socket, and consumes none (MSG_PEEK).
+///
+/// Without a hint the client has `limit` to say something that can be told apart; then it is
+/// [`Protocol::Opaque`]. So a protocol in which the server speaks first is delayed by `limit` at
+/// most, and by nothing with a hint.
+pub async fn detect(stream: &TcpStream, hint: Hint, limit: Duration) -> io::Result<Protocol> {
+    if let Some(protocol) = hint.decided() {
+        return Ok(protocol);
+    }
+    let looking = peek(stream);
+    bounded(looking, hint, limit).await
+}
+
+/// [`detect`], for a stream of a tunnel.
+pub async fn detect_tunnel(
+    stream: &mut TunnelIo,
+    hint: Hint,
+    limit: Duration,
+) -> io::Result<Protocol> {
+    if let Some(protocol) = hint.decided() {
+        return Ok(protocol);
+    }
+    let looking = async {
+        let mut seen = stream.peek().await?;
+        loop {
+            if let Sniff::Decided(protocol) = sniff(seen) {
+                return Ok(protocol);
+            }
+            if !stream.peek_more().await? {
+                return Ok(Protocol::Opaque);
+            }
+            seen = stream.peek().await?;
+        }
+    };
+    bounded(looking, hint, limit).await
+}
+
+async fn bounded(
+    looking: impl Future<Output = io::Result<Protocol>>,
+    hint: Hint,
+    limit: Duration,
+) -> io::Result<Protocol> {
+    if hint.waits() {
+        return looking.await;
+    }
+    match timeout_at(Instant::now() + limit, looking).await {
+        Ok(found) => found,
+        Err(_) => Ok(Protocol::Opaque),
+    }
+}
+
+async fn peek(stream: &TcpStream) -> io::Result<Protocol> {
+    let mut buffer = [0_u8; SNIFF_BYTES];
+    let mut seen = 0;
+    loop {
+        let ready = stream.ready(Interest::READABLE).await?;
+        let news = stream.try_io(Interest::READABLE, || {
+            let length = recv(stream.as_raw_fd(), &mut buffer, MsgFlags::MSG_PEEK)?;
+            // What was seen before still lies there: only more of it, or its end, is news.
+            if length > seen || length == 0 || ready.is_read_closed() {
+                Ok(length)
+            } else {
+                Err(io::ErrorKind::WouldBlock.into())
+            }
+        });
+        let length = match news {
+            Ok(length) => length,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => continue,
+            Err(error) => return Err(error),
+        };
+        if let Sniff::Decided(protocol) = sniff(&buffer[..length]) {
+            return Ok(protocol);
+        }
+        if length == seen || length == 0 {
+            // The client has ended its side.
+            return Ok(Protocol::Opaque);
+        }
+        seen = length;
+    }
+}
+
+/// Tells by the first bytes of a connection. Pure; decides after [`SNIFF_BYTES`] at the latest.
+#[must_use]
+pub fn sniff(bytes: &[u8]) -> Sniff {
+    let opaque = Sniff::Decided(Protocol::Opaque);
+    match bytes.first() {
+        None => Sniff::More,
+        Some(0x16) => match client_hello(bytes) {
+            Hello::Name(sni) => Sniff::Decided(Protocol::Tls { sni }),
+            Hello::More if bytes.len() < SNIFF_BYTES => Sniff::More,
+            // TLS for sure, but its name is too far away to be waited for.
+            Hello::More => Sniff::Decided(Protocol::Tls { sni: None }),
+            Hello::No => opaque,
+        },
+        Some(_) if H2_PREFACE.starts_with(bytes) => Sniff::More,
+        Some(_) if bytes.starts_with(H2_PREFACE) => Sniff::Decided(Protocol::Http2),
+        Some(_) => http1(bytes),
+    }
+}
+
+/// A request line: a method, a target, and a version of HTTP/1. All of it is asked for, so that
+/// text protocols that also begin with a word are not taken for HTTP.
+fn http1(bytes: &[u8]) -> Sniff {
+    let opaque = Sniff::Decided(Protocol::Opaque);
+    // Clients may send empty lines before a request (RFC 9112 §2.2).
+    let start = bytes
+        .iter()
+        .position(|byte| !matches!(byte, b'\r' | b'\n'))
+        .unwrap_or(bytes.len());
+    if start > 4 {
+        return opaque;
+    }
+    let line = &bytes[start..];
+    let method = line.iter().position(|byte| *byte == b' ');
+    let letters = &line[..method.unwrap_or(line.len())];
+    let is_method = letters.len() <= METHOD_BYTES
+        && letters
+            .iter()
+            .all(|byte| byte.is_ascii_uppercase() || matches!(byte, b'-' | b'_'));
+    if !is_method || method == Some(0) {
+        return opaque;
+    }
+    let Some(method) = method else {
+        return Sniff::More;
+    };
+    let rest = &line[method + 1..];
+    // Origin, absolute, authority (CONNECT) or asterisk form: none begins otherwise.
+    match rest.first() {
+        None => return Sniff::More,
+        Some(b'/' | b'*' | b'[') => {}
+        Some(byte) if byte.is_ascii_alphanumeric() => {}
+        Some(_) => return opaque,
+    }
+    let Some(end) = rest.iter().position(|byte| *byte == b'\n') else {
+        if bytes.len() < SNIFF_BYTES {
+            return Sniff::More;
+        }
+        // A target that long only HTTP has.
+        return Sniff::Decided(Protocol::Http1);
+    };
+    let version = rest[..end].trim_ascii_end();
+    if version.ends_with(b" HTTP/1.1") || version.ends_with(b" HTTP/1.0") {
+        Sniff::Decided(Protocol::Http1)
+    } else {
+        opaque
+    }
+}
+
+enum Hello {
+    Name(Option<Box<str>>),
+    More,
+    No,
+}
+
+/// The server name of a ClientHello (RFC 8446 §4.1.2), also if it comes in several records.
+fn client_hello(bytes: &[u8]) -> Hello {
+    let mut message = Vec::new();
+    let mut rest = bytes;
+    let complete = loop {
+        // ContentType handshake, a version 3.x, a length of at most 2^14.
+        let [0x16, 0x03, _, high, low, records @ ..] = rest else {
+            let fits = match rest {
+                [] | [0x16] => true,
+                [0x16, 0x03, ..] => rest.len() < 5,
+                _ => false,
+            };
+            if !fits {
+                return Hello::No;
+            }
+            break false;
+        };
+        let length = usize::from(u16::from_be_bytes([*high, *low]));
+        if length == 0 || length > 1 << 14 {
+            return Hello::No;
+        }
+        let part = &records[..length.min(records.len())];
+        message.extend_from_slice(part);
+        rest = &records[part.len()..];
+        if message.first().is_some_and(|kind| *kind != 1) {
+            return Hello::No;
+        }
+        if let [_, a, b, c, ..] = message[..] {
+            let length = usize::from(a) << 16 | usize::from(b) << 8 | usize::from(c);
+            if message.len() >= length + 4 {
+                message.truncate(length + 4);
+                break true;
+            }
+        }
+        if part.len() < length {
+            break false;
+        }
+    };
+    if !complete {
+        return Hello::More;
+    }
+    match Reader(&message[4..]).server_name() {
+        Some(name) => Hello::Name(name),
+        None => Hello::No,
+    }
+}
+
+struct Reader<'a>(&'a [u8]);
+
+impl<'a> Reader<'a> {
+    fn take(&mut self, length: usize) -> Option<&'a [u8]> {
+        let (taken, rest) = self.0.split_at_checked(length)?;
+        self.0 = rest;
+        Some(taken)
+    }
+
+    /// A field that begins with its length in so many bytes.
+    fn vector(&mut self, length_bytes: usize) -> Option<&'a [u8]> {
+        let length = self.take(length_bytes)?;
+        let length = length
+            .iter()
+            .fold(0_usize, |length, byte| length << 8 | usize::from(*byte));
+        self.take(length)
+    }
+
+    /// `None` if this is no ClientHello.
+    fn server_name(mut self) -> Option<Option<Box<str>>> {
+        const VERSION_AND_RANDOM: usize = 2 + 32;
+        self.take(VERSION_AND_RANDOM)?;
+        self.vector(1)?;
+        self.vector(2)?;
+        self.vector(1)?;
+        if self.0.is_empty() {
+            return Some(None);
+        }
+        let mut extensions = Reader(self.vector(2)?);
+        while !extensions.0.is_empty() {
+            let kind = extensions.take(2)?;
+            let value = extensions.vector(2)?;
+            if kind == [0, 0] {
+                let mut names = Reader(Reader(value).vector(2)?);
+                let kind = names.take(1)?;
+                let name = names.vector(2)?;
+                return Some((kind == [0]).then(|| host_name(name)).flatten());
+            }
+        }
+        Some(None)
+    }
+}
+
+/// A name fit to be compared and to be written into a log.
+fn host_name(name: &[u8]) -> Option<Box<str>> {
+    let fits = (1..=253).contains(&name.len())
+        && name
+            .iter()
+            .all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'.' | b'_'));
+    let name = std::str::from_utf8(name).ok().filter(|_| fits)?;
+    Some(name.to_ascii_lowercase().into())
+}
