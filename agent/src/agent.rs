@@ -19,12 +19,13 @@ use crate::capture::{
     Accepted, Capture, CaptureError, CaptureOptions, EnrolError, Handler, KernelOptions, Role,
 };
 use crate::discovery::files::{FileSource, FileSourceError, FileSourceOptions};
+use crate::http::HttpCounters;
 use crate::identity::{
     AuthorityClient, AuthorityClientOptions, Certificates, CertificatesOptions, ClientError,
 };
 use crate::inbound::Inbound;
 use crate::mesh::{MeshConfig, SharedSnapshot, Snapshot};
-use crate::outbound::{Clock, Destinations, EventReporter, Outbound, maintain};
+use crate::outbound::{Clock, Destinations, EventReporter, Outbound, OutboundParts};
 use crate::telemetry::{Labelled, Logging, Telemetry, housekeep};
 use crate::tunnel::{Pool, PoolOptions};
 
@@ -119,7 +120,7 @@ impl Handler for Dispatch {
                 let capture = self.capture.get().and_then(Weak::upgrade);
                 Box::pin(async move {
                     if let Some(capture) = capture {
-                        outbound.serve(accepted, &capture).await;
+                        outbound.serve(accepted, capture).await;
                     }
                 })
             }
@@ -159,16 +160,25 @@ pub async fn run(
 
     let pool = Pool::new(PoolOptions::default());
     let events = Arc::new(EventReporter::default());
-    let destinations = Destinations::new(snapshot.clone(), Clock::start(), events.clone());
-    tokio::spawn(maintain(destinations.clone(), background.clone()));
+    let destinations = Destinations::new(
+        snapshot.clone(),
+        &options.node,
+        Clock::start(),
+        events.clone(),
+    );
+    let http = Arc::new(HttpCounters::default());
+    let outbound = Outbound::new(OutboundParts {
+        snapshot: snapshot.clone(),
+        certificates: certificates.clone(),
+        tunnels: pool.clone(),
+        destinations,
+        counters: http.clone(),
+        telemetry: telemetry.clone(),
+        drain: stop.child_token(),
+    });
+    tokio::spawn(outbound.clone().maintain(background.clone()));
     let dispatch = Arc::new(Dispatch {
-        outbound: Arc::new(Outbound::new(
-            snapshot.clone(),
-            certificates.clone(),
-            pool.clone(),
-            destinations.clone(),
-            telemetry.clone(),
-        )),
+        outbound,
         inbound: Arc::new(Inbound {
             snapshot: snapshot.clone(),
             certificates: certificates.clone(),
@@ -199,7 +209,7 @@ pub async fn run(
         snapshot.clone(),
         background.clone(),
     ));
-    count(&telemetry, &capture, &certificates, &pool, &events);
+    count(&telemetry, &capture, &certificates, &pool, &events, &http);
 
     let state = admin_state(
         &options,
@@ -282,6 +292,7 @@ fn count(
     certificates: &Arc<Certificates>,
     pool: &Arc<Pool>,
     events: &Arc<EventReporter>,
+    http: &Arc<HttpCounters>,
 ) {
     fn labelled(label: &'static str, counters: Vec<(&'static str, u64)>) -> Vec<Labelled<u64>> {
         let sample = |(name, value)| Labelled::one(label, name, value);
@@ -310,6 +321,24 @@ fn count(
         "undermesh_tunnel_events",
         "What happened in the pool of tunnels",
         move || labelled("event", pool.counters()),
+    );
+    let guards = http.clone();
+    telemetry.register_counter(
+        "undermesh_http_events",
+        "What happened on HTTP connections of clients",
+        move || labelled("event", guards.by_name()),
+    );
+    let guards = http.clone();
+    telemetry.register_counter(
+        "undermesh_http_bad_requests",
+        "Requests that the guards of HTTP refused, by why",
+        move || labelled("reason", guards.bad_requests()),
+    );
+    let guards = http.clone();
+    telemetry.register_counter(
+        "undermesh_http_floods",
+        "HTTP connections that were ended because of a flood, by kind",
+        move || labelled("kind", guards.floods()),
     );
     let events = events.clone();
     telemetry.register_counter(

@@ -124,6 +124,7 @@ pub struct EnrolledPod {
     ports: SourcePorts,
     live: TaskTracker,
     permits: Arc<Semaphore>,
+    leaving: CancellationToken,
     gone: CancellationToken,
     cut: CancellationToken,
     counters: Arc<Counters>,
@@ -186,6 +187,13 @@ impl EnrolledPod {
     #[must_use]
     pub fn addresses(&self) -> PodAddresses {
         self.addresses
+    }
+
+    /// Cancelled when the pod begins to leave the mesh: connections may end as they like, and those
+    /// that would never do so shall.
+    #[must_use]
+    pub fn leaving(&self) -> &CancellationToken {
+        &self.leaving
     }
 
     /// Cancelled when the pod's connections must end now, with RST.
@@ -365,6 +373,7 @@ impl EnrolledPod {
             live: TaskTracker::new(),
             permits: Arc::new(Semaphore::new(connections_per_pod(descriptors()))),
             gone: CancellationToken::new(),
+            leaving: CancellationToken::new(),
             cut: CancellationToken::new(),
             counters: parts.counters,
             captured: AtomicU64::new(0),

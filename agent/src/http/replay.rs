@@ -54,7 +54,10 @@ impl Tail {
 }
 
 struct Kept {
-    source: Incoming,
+    /// The client; none where all was kept already.
+    source: Option<Incoming>,
+    /// Bytes taken from it.
+    taken: u64,
     chunks: Vec<Bytes>,
     trailers: Option<HeaderMap>,
     /// How many bytes more may be kept; none once something was given up.
@@ -116,7 +119,8 @@ impl Replay {
             shared: Some(Arc::new(Shared {
                 size: body.size_hint(),
                 kept: Mutex::new(Kept {
-                    source: body,
+                    source: Some(body),
+                    taken: 0,
                     chunks: Vec::new(),
                     trailers: None,
                     room: Some(replay_bytes),
@@ -160,6 +164,44 @@ impl Replay {
         self.shared
             .as_ref()
             .is_some_and(|shared| shared.kept.lock().progress == Progress::Broken)
+    }
+
+    /// Bytes that were taken from the client so far.
+    #[must_use]
+    pub fn taken(&self) -> u64 {
+        self.shared
+            .as_ref()
+            .map_or(0, |shared| shared.kept.lock().taken)
+    }
+
+    /// The same body for another request, which takes nothing from this one. None unless all of it is
+    /// kept.
+    #[must_use]
+    pub fn copy(&self) -> Option<Self> {
+        let Some(shared) = &self.shared else {
+            return Some(Self::empty());
+        };
+        let kept = shared.kept.lock();
+        if kept.progress != Progress::Whole || kept.room.is_none() {
+            return None;
+        }
+        let copy = Kept {
+            source: None,
+            taken: kept.taken,
+            chunks: kept.chunks.clone(),
+            trailers: kept.trailers.clone(),
+            room: kept.room,
+            progress: Progress::Whole,
+            attempt: 0,
+            waiter: None,
+        };
+        Some(Self {
+            shared: Some(Arc::new(Shared {
+                size: SizeHint::with_exact(copy.chunks.iter().map(|one| one.len() as u64).sum()),
+                kept: Mutex::new(copy),
+                over: AtomicU64::new(0),
+            })),
+        })
     }
 
     /// The body for the next attempt, from its first byte. An earlier attempt's gets no more of it.
@@ -233,10 +275,14 @@ impl Kept {
             Progress::Broken => return Poll::Ready(Some(Err(BodyError::NotKept))),
             Progress::Streaming => {}
         }
-        let Poll::Ready(taken) = Pin::new(&mut self.source).poll_frame(cx) else {
+        let Some(source) = &mut self.source else {
+            return Poll::Ready(None);
+        };
+        let Poll::Ready(taken) = Pin::new(&mut *source).poll_frame(cx) else {
             self.waiter = Some(cx.waker().clone());
             return Poll::Pending;
         };
+        let spent = source.is_end_stream();
         match &taken {
             None => self.progress = Progress::Whole,
             Some(Err(_)) => self.progress = Progress::Broken,
@@ -247,7 +293,7 @@ impl Kept {
                 } else if let Some(trailers) = frame.trailers_ref() {
                     self.trailers = Some(trailers.clone());
                 }
-                if frame.is_trailers() || self.source.is_end_stream() {
+                if frame.is_trailers() || spent {
                     self.progress = Progress::Whole;
                 }
             }
@@ -261,6 +307,7 @@ impl Kept {
     }
 
     fn keep(&mut self, data: &Bytes) {
+        self.taken += data.len() as u64;
         match self.room.and_then(|room| room.checked_sub(data.len())) {
             Some(room) => {
                 self.room = Some(room);

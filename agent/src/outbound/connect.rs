@@ -13,7 +13,7 @@ use super::path::{NoPath, Path, path};
 use super::target::pod_of;
 use crate::capture::{Capture, Dial, DialError, EnrolledPod};
 use crate::identity::Certificates;
-use crate::mesh::{ObjectName, Snapshot, SpiffeId, authorize};
+use crate::mesh::{ObjectName, Snapshot, SpiffeId, Workload, authorize};
 use crate::resilience::{Outcome, Unsent};
 use crate::telemetry::{FailureReason, Party, Security, error_chain};
 use crate::tunnel::{self, ConnectRequest, Pool, TunnelError, TunnelKey, Tunnelled};
@@ -34,11 +34,25 @@ pub(super) struct Way {
     pub(super) endpoint: SocketAddr,
     /// By what.
     pub(super) path: Path,
-    /// Who is there.
-    pub(super) destination: Party,
+    /// Who is there, where the mesh knows it.
+    pub(super) workload: Option<Arc<Workload>>,
 }
 
 impl Way {
+    /// The endpoint, for telemetry.
+    pub(super) fn party(&self) -> Party {
+        match &self.workload {
+            Some(workload) => Party::of(workload, self.endpoint),
+            None => Party::unknown(self.endpoint),
+        }
+    }
+
+    /// Whether it stays so for as long as the snapshot does. Plaintext may not: the pod may be
+    /// enrolled on this node at any moment.
+    pub(super) fn is_lasting(&self) -> bool {
+        self.path != Path::Plaintext
+    }
+
     pub(super) fn security(&self) -> Security {
         match self.path {
             Path::SameNode => Security::SameNode,
@@ -72,7 +86,7 @@ impl Failure {
     }
 
     /// A failure of this endpoint, not of the connection: another may do better.
-    fn of_endpoint(reason: FailureReason, detail: impl Into<String>) -> Self {
+    pub(super) fn of_endpoint(reason: FailureReason, detail: impl Into<String>) -> Self {
         Self {
             elsewhere: true,
             ..Self::new(reason, detail)
@@ -133,14 +147,10 @@ impl Dialer {
             authorize(mode, Some(&client.identity))
                 .map_err(|denied| Failure::new(FailureReason::Denied, denied.to_string()))?;
         }
-        let destination = match destination {
-            Some(workload) => Party::of(workload, endpoint.address),
-            None => Party::unknown(endpoint.address),
-        };
         Ok(Way {
             endpoint: endpoint.address,
             path,
-            destination,
+            workload: destination.cloned(),
         })
     }
 

@@ -1,67 +1,133 @@
-//! From a pod of this node to the mesh: find the endpoint, choose the way, connect, relay.
+//! From a pod of this node to the mesh: find what was dialled, see what is spoken, and bring each
+//! request, or the connection, to an endpoint.
 
 mod clock;
 mod connect;
 mod destinations;
+mod http;
 mod opaque;
 mod path;
 mod target;
 
 use std::collections::HashSet;
 use std::net::SocketAddr;
+use std::pin::pin;
 use std::sync::Arc;
+use std::time::Duration;
 
 use parking_lot::Mutex;
+use tokio::net::TcpStream;
+use tokio::sync::oneshot;
+use tokio::time::MissedTickBehavior;
+use tokio_util::sync::CancellationToken;
 
 use crate::capture::{Accepted, Capture, EnrolledPod};
+use crate::http::{
+    ClientView, HttpCounters, PoolLimits, Protocol, ServerContext, ServerLimits, UpstreamPool,
+    Wire, detect, serve_http,
+};
 use crate::identity::Certificates;
 use crate::mesh::{SharedSnapshot, Snapshot};
+use crate::resilience::ejection::SourceId;
 use crate::telemetry::{
-    Connection, ConnectionInfo, Direction, FailureReason, Party, Security, Telemetry,
+    Connection, ConnectionInfo, Direction, End, FailureReason, Party, Security, Side, Telemetry,
 };
 use crate::tunnel::Pool;
 
-use connect::{Dialer, Failure};
+use connect::{Dialer, Failure, Way};
+use http::{Caller, Client, Engine, Frontend, PodNetwork};
 use opaque::Origin;
 use target::{Target, target};
 
 pub use clock::Clock;
-pub use destinations::{Destinations, EventReporter, maintain};
+pub use destinations::{Destinations, EventReporter};
+
+/// How often destinations are looked after that nobody asks.
+const MAINTENANCE: Duration = Duration::from_secs(1);
+
+/// How long a client may be silent before it is taken for one whose server speaks first, where the
+/// port does not say what is spoken.
+const SILENCE: Duration = Duration::from_millis(50);
 
 /// Takes captured connections of this node's pods to where they want to go.
 pub struct Outbound {
     snapshot: SharedSnapshot,
     dialer: Dialer,
     destinations: Arc<Destinations>,
+    engine: Arc<Engine>,
+    upstreams: Arc<UpstreamPool>,
+    limits: ServerLimits,
+    counters: Arc<HttpCounters>,
     telemetry: Arc<Telemetry>,
     tunnels: Arc<Pool>,
+    /// Cancelled when the agent stops: HTTP connections then end with their next answers.
+    drain: CancellationToken,
     /// Pods (by netns cookie) whose end is waited for, to clean up after them.
-    watched: Arc<Mutex<HashSet<u64>>>,
+    watched: Mutex<HashSet<u64>>,
+}
+
+/// What outbound connections are made with.
+pub struct OutboundParts {
+    /// The mesh.
+    pub snapshot: SharedSnapshot,
+    /// Identities of the pods.
+    pub certificates: Arc<Certificates>,
+    /// Tunnels to other nodes.
+    pub tunnels: Arc<Pool>,
+    /// What is known of destinations.
+    pub destinations: Arc<Destinations>,
+    /// What HTTP's guards refuse is counted here.
+    pub counters: Arc<HttpCounters>,
+    /// Connections and requests are told of here.
+    pub telemetry: Arc<Telemetry>,
+    /// Cancelled when the agent stops.
+    pub drain: CancellationToken,
 }
 
 impl Outbound {
-    /// Puts it together.
+    /// Puts it together, on a tokio runtime.
     #[must_use]
-    pub fn new(
-        snapshot: SharedSnapshot,
-        certificates: Arc<Certificates>,
-        tunnels: Arc<Pool>,
-        destinations: Arc<Destinations>,
-        telemetry: Arc<Telemetry>,
-    ) -> Self {
-        Self {
-            snapshot,
-            dialer: Dialer::new(certificates, tunnels.clone()),
-            destinations,
-            telemetry,
-            tunnels,
-            watched: Arc::default(),
+    pub fn new(parts: OutboundParts) -> Arc<Self> {
+        let upstreams = UpstreamPool::new(PoolLimits::default());
+        Arc::new(Self {
+            engine: Engine::new(
+                parts.snapshot.clone(),
+                parts.destinations.clone(),
+                upstreams.clone(),
+            ),
+            dialer: Dialer::new(parts.certificates, parts.tunnels.clone()),
+            snapshot: parts.snapshot,
+            destinations: parts.destinations,
+            upstreams,
+            limits: ServerLimits::default(),
+            counters: parts.counters,
+            telemetry: parts.telemetry,
+            tunnels: parts.tunnels,
+            drain: parts.drain,
+            watched: Mutex::default(),
+        })
+    }
+
+    /// The connections that are kept for HTTP requests.
+    #[must_use]
+    pub fn upstreams(&self) -> &Arc<UpstreamPool> {
+        &self.upstreams
+    }
+
+    /// Looks after destinations until `stop`.
+    pub async fn maintain(self: Arc<Self>, stop: CancellationToken) {
+        let mut timer = tokio::time::interval(MAINTENANCE);
+        timer.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        while stop.run_until_cancelled(timer.tick()).await.is_some() {
+            for endpoint in self.destinations.maintain() {
+                self.upstreams.close_endpoint(endpoint);
+            }
         }
     }
 
     /// Serves one captured connection to its end. Whatever fails before bytes flow resets it: a
     /// client whose connect succeeded must not take a FIN for an answer.
-    pub async fn serve(&self, accepted: Accepted, capture: &Capture) {
+    pub async fn serve(self: Arc<Self>, accepted: Accepted, capture: Arc<Capture>) {
         let Accepted {
             pod,
             stream,
@@ -73,53 +139,145 @@ impl Outbound {
         let snapshot = self.snapshot.load_full();
         let target = target(&snapshot, local);
         let connection = self.open(&pod, peer, local, target.as_ref(), &snapshot);
+        let Some(target) = target else {
+            return connection.fail(FailureReason::NoRoute, &"not a destination of the mesh");
+        };
+        let protocol = tokio::select! {
+            protocol = detect(&stream, target.hint(&snapshot), SILENCE) => protocol,
+            () = pod.gone().cancelled() => Ok(Protocol::Opaque),
+        };
         let origin = Origin {
-            pod: &pod,
+            pod,
             capture,
-            snapshot: &snapshot,
             peer,
             local,
-            connection: &connection,
+            target,
+            connection,
         };
-        let connecting = async {
-            match &target {
-                Some(target) => self.connect(&origin, target).await,
-                None => Err(Failure::new(
-                    FailureReason::NoRoute,
-                    "not a destination of the mesh",
-                )),
+        match protocol {
+            Ok(Protocol::Http1) => self.serve_http(origin, stream, Wire::Http1).await,
+            Ok(Protocol::Http2) => self.serve_http(origin, stream, Wire::Http2).await,
+            Ok(Protocol::Tls { sni }) => {
+                self.serve_opaque(origin, snapshot, stream, sni.as_deref())
+                    .await;
+            }
+            Ok(Protocol::Opaque) => self.serve_opaque(origin, snapshot, stream, None).await,
+            Err(_) => origin.connection.close(End::Reset { by: Side::Source }),
+        }
+    }
+
+    /// Serves requests, each for itself, until the connection ends.
+    async fn serve_http(self: Arc<Self>, origin: Origin, stream: TcpStream, wire: Wire) {
+        let Origin {
+            pod,
+            capture,
+            peer,
+            local,
+            target,
+            connection,
+        } = origin;
+        let workload = pod.workload();
+        let source = Party::of(&workload, peer);
+        let requester =
+            self.telemetry
+                .requester(Direction::Outbound, source, local, connection.id());
+        let (reached, mut first) = oneshot::channel();
+        let network = PodNetwork {
+            outbound: self.clone(),
+            pod: pod.clone(),
+            capture,
+            peer,
+            reached: Mutex::new(Some(reached)),
+        };
+        let caller = Caller {
+            workload,
+            source: SourceId(pod.netns_cookie()),
+            local,
+            frontend: Frontend::from(target),
+            view: ClientView {
+                address: peer.ip(),
+                side: crate::http::Side::Source,
+            },
+            requester,
+        };
+        let client = Client::new(self.engine.clone(), network, caller);
+        let context = ServerContext {
+            limits: &self.limits,
+            counters: &self.counters,
+            bytes: connection.bytes().clone(),
+        };
+        let service = move |request| client.clone().serve(request);
+        let drain = self.drain.child_token();
+        let stop = pod.gone();
+        let mut serving = pin!(serve_http(
+            stream.into(),
+            wire,
+            context,
+            service,
+            &drain,
+            stop
+        ));
+        let mut leaving = pin!(pod.leaving().cancelled());
+        let (mut is_leaving, mut is_told) = (false, false);
+        let served = loop {
+            tokio::select! {
+                served = &mut serving => break served,
+                () = &mut leaving, if !is_leaving => {
+                    is_leaving = true;
+                    drain.cancel();
+                }
+                way = &mut first, if !is_told => {
+                    is_told = true;
+                    if let Ok(way) = way {
+                        settled(&connection, &way);
+                    }
+                }
             }
         };
+        connection.close(served.end.into());
+    }
+
+    /// Takes a connection to one endpoint.
+    async fn serve_opaque(
+        &self,
+        origin: Origin,
+        snapshot: Arc<Snapshot>,
+        stream: TcpStream,
+        sni: Option<&str>,
+    ) {
         let connected = tokio::select! {
-            connected = connecting => connected,
-            () = pod.gone().cancelled() => Err(Failure::new(FailureReason::PodGone, "the pod left the mesh")),
+            connected = self.connect(&origin, &snapshot, sni) => connected,
+            () = origin.pod.gone().cancelled() => Err(Failure::new(FailureReason::PodGone, "the pod left the mesh")),
         };
+        // A connection may outlive many a state of the mesh.
+        drop(snapshot);
+        let Origin {
+            pod, connection, ..
+        } = origin;
         let connected = match connected {
             Ok(connected) => connected,
             Err(failure) => return connection.fail(failure.reason, &failure.detail),
         };
         connection.established();
-        // A connection may outlive many a state of the mesh.
-        drop((snapshot, target));
         let bytes = connection.bytes().clone();
         let ended = self.relay(stream, connected, &pod, &bytes).await;
         connection.close(ended.into());
     }
 
-    /// Closes the pod's tunnels when it is gone, as a pooled one would keep its network namespace
-    /// alive, and forgets what was kept for it alone.
-    fn clean_up_after(&self, pod: &EnrolledPod) {
+    /// Closes the pod's tunnels and upstream connections when it is gone, as one that is kept would
+    /// keep its network namespace alive, and forgets what was kept for it alone.
+    fn clean_up_after(self: &Arc<Self>, pod: &EnrolledPod) {
         let cookie = pod.netns_cookie();
         if !self.watched.lock().insert(cookie) {
             return;
         }
-        let (gone, watched) = (pod.gone().clone(), self.watched.clone());
-        let (tunnels, destinations) = (self.tunnels.clone(), self.destinations.clone());
+        let (gone, outbound) = (pod.gone().clone(), self.clone());
         tokio::spawn(async move {
             gone.cancelled().await;
-            tunnels.close_source(cookie);
-            destinations.forget_source(cookie);
-            watched.lock().remove(&cookie);
+            outbound.upstreams.close_source(cookie);
+            outbound.tunnels.close_source(cookie);
+            outbound.destinations.forget_source(cookie);
+            outbound.watched.lock().remove(&cookie);
         });
     }
 
@@ -144,4 +302,13 @@ impl Outbound {
             original_destination: local,
         })
     }
+}
+
+/// Requests of one connection may go to many endpoints; the connection itself counts with the first.
+fn settled(connection: &Connection, way: &Way) {
+    connection.update(|info| {
+        info.destination = way.party();
+        info.security = way.security();
+    });
+    connection.established();
 }

@@ -13,14 +13,15 @@ use super::connect::{Failure, Upstream};
 use super::destinations::{DestinationId, EndpointId, Reachable, Route, RouteKey, Traffic};
 use super::target::Target;
 use crate::capture::{Capture, EnrolledPod};
-use crate::mesh::Snapshot;
+use crate::mesh::route::{BackendTarget, StreamRule};
+use crate::mesh::{ObjectName, Snapshot, TrafficPolicy};
 use crate::relay::{self, Ended, Peer};
 use crate::resilience::breaker::Permit;
 use crate::resilience::destination::{Ask, Attempt};
 use crate::resilience::ejection::SourceId;
 use crate::resilience::retry::{Body, Decision, Facts, Method, Nature, Stop};
 use crate::resilience::timeout::Deadline;
-use crate::resilience::{self, Outcome, Retries, RetryPolicy, Timestamp, Unsent};
+use crate::resilience::{self, Outcome, Retries, Timestamp, Unsent};
 use crate::telemetry::{ByteCount, Connection, FailureReason};
 
 /// A connection that lives for so long is served well. One that the server resets before, without
@@ -28,19 +29,26 @@ use crate::telemetry::{ByteCount, Connection, FailureReason};
 const SERVED_AFTER: Duration = Duration::from_secs(1);
 
 /// Whose connection it is, and where it wants to go.
-pub(super) struct Origin<'a> {
-    pub(super) pod: &'a Arc<EnrolledPod>,
-    pub(super) capture: &'a Capture,
-    pub(super) snapshot: &'a Snapshot,
+pub(super) struct Origin {
+    pub(super) pod: Arc<EnrolledPod>,
+    pub(super) capture: Arc<Capture>,
     pub(super) peer: SocketAddr,
     pub(super) local: SocketAddr,
-    pub(super) connection: &'a Connection,
+    pub(super) target: Target,
+    pub(super) connection: Connection,
 }
 
 /// An upstream connection, and what waits for its outcome.
 pub(super) struct Connected {
     upstream: Upstream,
     judged: Option<Judged>,
+}
+
+/// A destination, as one connection may use it.
+struct Bound {
+    route: Arc<Route>,
+    reachable: Reachable,
+    policy: Arc<TrafficPolicy>,
 }
 
 /// What an outcome is told to, of a connection to a Service. Dropped, it tells of no verdict.
@@ -50,50 +58,103 @@ struct Judged {
 }
 
 impl Outbound {
-    /// Connects to the target, elsewhere if an endpoint fails.
+    /// Connects to the target, by its routes, and elsewhere if an endpoint fails.
     pub(super) async fn connect(
         &self,
-        origin: &Origin<'_>,
-        target: &Target,
+        origin: &Origin,
+        snapshot: &Snapshot,
+        sni: Option<&str>,
     ) -> Result<Connected, Failure> {
-        let (service, port) = match target {
-            Target::Service { service, port } => (service, port),
+        let bound = match &origin.target {
+            Target::Service { service, port } => {
+                self.route(origin, snapshot, &service.name, port.port, sni)?
+            }
             Target::Pod(endpoint) => {
                 return Ok(Connected {
-                    upstream: self.connect_to(origin, target, endpoint).await?,
+                    upstream: self.connect_to(origin, snapshot, endpoint).await?,
                     judged: None,
                 });
             }
         };
+        self.connect_within(origin, snapshot, &bound).await
+    }
+
+    /// Where connections to a Service's port go: a backend of the TLSRoute or TCPRoute that is
+    /// attached to it, else its own endpoints.
+    fn route(
+        &self,
+        origin: &Origin,
+        snapshot: &Snapshot,
+        service: &ObjectName,
+        port: u16,
+        sni: Option<&str>,
+    ) -> Result<Bound, Failure> {
+        let client = origin.pod.workload();
+        let routes = snapshot.stream_routes(service, port, &client.name.namespace);
+        let Some(routes) = routes else {
+            return self.bound(origin, snapshot, None, service, port);
+        };
+        let no_route = |detail: &str| Failure::new(FailureReason::NoRoute, detail);
+        let rule = routes.select(sni);
+        let rule = rule.ok_or_else(|| no_route("no rule of the attached routes is for it"))?;
+        let backend = rule.choose(&mut rand::rng());
+        match backend.map(|backend| &backend.target) {
+            Some(BackendTarget::Service { name, port }) => {
+                self.bound(origin, snapshot, Some(rule), name, *port)
+            }
+            Some(BackendTarget::Invalid { reason }) => Err(no_route(&format!(
+                "{}: invalid backend: {reason}",
+                rule.name
+            ))),
+            None => Err(no_route(&format!("{} leads to no backend", rule.name))),
+        }
+    }
+
+    fn bound(
+        &self,
+        origin: &Origin,
+        snapshot: &Snapshot,
+        rule: Option<&Arc<StreamRule>>,
+        service: &ObjectName,
+        port: u16,
+    ) -> Result<Bound, Failure> {
         let now = self.destinations.clock().now();
         let id = DestinationId {
-            service: service.name.clone(),
-            port: port.port,
+            service: service.clone(),
+            port,
             traffic: Traffic::Connections,
         };
-        let destination = self.destinations.of(&id, origin.snapshot);
+        let destination = self.destinations.of(&id, snapshot);
         let destination = destination.ok_or_else(no_endpoint)?;
-        let policy = resilience::Policy::<()>::default();
-        let route = destination.route(&RouteKey::Tcp, &policy.breaker, &policy.limits, now);
-        let reachable = destination.reachable(
-            &origin.pod.workload(),
-            SourceId(origin.pod.netns_cookie()),
-            origin.local,
-            now,
-        );
-        self.connect_within(origin, target, &route, &reachable, &policy.retry)
-            .await
+        let named = snapshot
+            .service(service)
+            .and_then(|service| service.port(port));
+        let port_name = named.map_or("", |port| &port.name);
+        let policy = snapshot.policy_of(service, port_name, rule.map(|rule| &rule.route));
+        let settings = &policy.settings;
+        let key = rule.map_or(RouteKey::Tcp, |rule| RouteKey::Rule(rule.name.clone()));
+        let route = destination.route(&key, &settings.breaker, &settings.limits, now);
+        let source = SourceId(origin.pod.netns_cookie());
+        let client = origin.pod.workload();
+        Ok(Bound {
+            reachable: destination.reachable(&client, source, origin.local, now),
+            route,
+            policy,
+        })
     }
 
     /// Asks the breaker, then tries endpoints as often as the policy allows.
     async fn connect_within(
         &self,
-        origin: &Origin<'_>,
-        target: &Target,
-        route: &Route,
-        reachable: &Reachable,
-        policy: &RetryPolicy,
+        origin: &Origin,
+        snapshot: &Snapshot,
+        bound: &Bound,
     ) -> Result<Connected, Failure> {
+        let Bound {
+            route,
+            reachable,
+            policy,
+        } = bound;
         let clock = self.destinations.clock();
         let permit = route.breaker.admit(clock.now()).map_err(|open| {
             let detail = format!("{open} for {}", route.breaker.name());
@@ -121,7 +182,7 @@ impl Outbound {
                 return Err(failure);
             };
             let endpoint = attempt.target().clone();
-            let failure = match self.connect_to(origin, target, &endpoint).await {
+            let failure = match self.connect_to(origin, snapshot, &endpoint).await {
                 Ok(upstream) => {
                     let judged = Some(Judged { attempt, permit });
                     return Ok(Connected { upstream, judged });
@@ -133,7 +194,7 @@ impl Outbound {
             let elsewhere = failure.may_go_elsewhere() && tried.len() < reachable.len();
             let decision = match elsewhere {
                 true => retries.next(
-                    policy,
+                    &policy.settings.retry,
                     Outcome::Unsent(Unsent::ConnectFailed),
                     Facts::default(),
                     &budget,
@@ -155,20 +216,21 @@ impl Outbound {
 
     async fn connect_to(
         &self,
-        origin: &Origin<'_>,
-        target: &Target,
+        origin: &Origin,
+        snapshot: &Snapshot,
         endpoint: &EndpointId,
     ) -> Result<Upstream, Failure> {
         let way = self
             .dialer
-            .way(origin.pod, origin.capture, origin.snapshot, endpoint)?;
+            .way(&origin.pod, &origin.capture, snapshot, endpoint)?;
         origin.connection.update(|info| {
-            info.destination = way.destination.clone();
+            info.destination = way.party();
             info.security = way.security();
         });
-        let limit = origin.snapshot.config().connect_timeout;
+        let limit = snapshot.config().connect_timeout;
+        let service = origin.target.service();
         self.dialer
-            .open(origin.pod, &way, origin.peer, target.service(), limit)
+            .open(&origin.pod, &way, origin.peer, service, limit)
             .await
     }
 

@@ -4,6 +4,8 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 
 use super::destinations::EndpointId;
+use super::http::Frontend;
+use crate::http::{Hint, hint};
 use crate::mesh::{Destination, ObjectName, Service, ServicePort, Snapshot, Workload};
 
 /// Where a connection may go.
@@ -26,6 +28,33 @@ impl Target {
         match self {
             Self::Service { service, .. } => Some(&service.name),
             Self::Pod(_) => None,
+        }
+    }
+
+    /// What the port says is spoken there.
+    pub(super) fn hint(&self, snapshot: &Snapshot) -> Hint {
+        match self {
+            Self::Service { port, .. } => hint(port.app_protocol.as_deref(), &port.name, false),
+            Self::Pod(endpoint) => {
+                let pod = pod_of(snapshot, endpoint);
+                let named = pod.into_iter().flat_map(|pod| &pod.named_ports);
+                let mut names = named.filter(|(_, number)| **number == endpoint.address.port());
+                names
+                    .next()
+                    .map_or(Hint::None, |(name, _)| hint(None, name, false))
+            }
+        }
+    }
+}
+
+impl From<Target> for Frontend {
+    fn from(target: Target) -> Self {
+        match target {
+            Target::Service { service, port } => Self::Service {
+                service: service.name.clone(),
+                port: port.port,
+            },
+            Target::Pod(endpoint) => Self::Pod(endpoint),
         }
     }
 }

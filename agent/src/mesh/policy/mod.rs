@@ -4,10 +4,10 @@ mod connections;
 mod hash;
 mod locality;
 
+pub use super::route::{RouteId, RouteKind};
 pub use connections::{ConnectionLimits, StreamTimeouts};
 pub use hash::HashKey;
 pub use locality::{Locality, Nearness};
-pub use super::route::{RouteId, RouteKind};
 
 use http::{HeaderMap, HeaderName, HeaderValue};
 

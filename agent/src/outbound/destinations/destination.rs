@@ -1,6 +1,6 @@
 //! One destination: the endpoints of a Service's port, and the routes that lead there.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::hash::{BuildHasher, RandomState};
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -11,7 +11,7 @@ use parking_lot::Mutex;
 
 use super::name::{DestinationId, EndpointId, RouteKey, Traffic};
 use super::reachable::Reachable;
-use crate::mesh::{Endpoint, Snapshot, Workload};
+use crate::mesh::{Endpoint, Locality, Nearness, Snapshot, Workload};
 use crate::resilience::destination::DestinationSettings;
 use crate::resilience::ejection::SourceId;
 use crate::resilience::limit::{ConcurrencyLimit, LimitSettings, Rate, RateLimit, Rates};
@@ -34,6 +34,8 @@ const ROUTE_IDLE: Duration = Duration::from_secs(600);
 pub struct Destination {
     id: DestinationId,
     name: Arc<str>,
+    /// The node that asks.
+    node: Arc<str>,
     seed: u64,
     sink: Arc<dyn EventSink>,
     now: ArcSwap<Followed>,
@@ -59,6 +61,7 @@ struct Shape {
     ejection: EjectionSettings,
     budget: BudgetSettings,
     total: Option<Rate>,
+    locality: Locality,
 }
 
 /// What a route of a destination has of its own.
@@ -87,6 +90,7 @@ impl Destination {
     /// The destination as the snapshot has it; none if the snapshot has no such port.
     pub(super) fn new(
         id: DestinationId,
+        node: Arc<str>,
         seed: u64,
         sink: Arc<dyn EventSink>,
         snapshot: &Snapshot,
@@ -102,7 +106,7 @@ impl Destination {
             endpoints,
             shape,
         };
-        followed.fill(now);
+        followed.fill(snapshot, &node, now);
         let breakers = Breakers::new(
             name.clone(),
             ROUTES_MAX,
@@ -113,6 +117,7 @@ impl Destination {
         Some(Arc::new(Self {
             id,
             name,
+            node,
             seed,
             sink,
             now: ArcSwap::from_pointee(followed),
@@ -141,9 +146,14 @@ impl Destination {
     }
 
     /// Makes it as this snapshot has it, changing only what changed: endpoints that stay keep what
-    /// is known of them. To be called with the newest snapshot, and by one at a time. False if the
-    /// snapshot has no such port: then it has no endpoints any more.
-    pub(super) fn follow(&self, snapshot: &Snapshot, time: Timestamp) -> bool {
+    /// is known of them, and those that leave are told of. To be called with the newest snapshot, and
+    /// by one at a time. False if the snapshot has no such port: then it has no endpoints any more.
+    pub(super) fn follow(
+        &self,
+        snapshot: &Snapshot,
+        time: Timestamp,
+        departed: &mut Vec<SocketAddr>,
+    ) -> bool {
         let _one_at_a_time = self.routes.lock();
         let now = self.now.load();
         let there = endpoints_of(&self.id, snapshot);
@@ -168,7 +178,10 @@ impl Destination {
             endpoints,
             shape,
         };
-        followed.fill(time);
+        followed.fill(snapshot, &self.node, time);
+        let stay: HashSet<SocketAddr> = followed.ready().map(|one| one.address).collect();
+        let before = now.ready().map(|one| one.address);
+        departed.extend(before.filter(|address| !stay.contains(address)));
         self.now.store(Arc::new(followed));
         exists
     }
@@ -286,16 +299,34 @@ impl Destination {
 }
 
 impl Followed {
-    /// Gives the balancers the endpoints that are ready.
-    fn fill(&self, time: Timestamp) {
+    fn ready(&self) -> impl Iterator<Item = &Endpoint> {
+        self.endpoints.iter().filter(|endpoint| endpoint.ready)
+    }
+
+    /// Gives the balancers the endpoints that are ready, those first that the policy wants first.
+    fn fill(&self, snapshot: &Snapshot, node: &str, time: Timestamp) {
+        let here = snapshot.node(node).map(AsRef::as_ref);
+        let tier = |endpoint: &Endpoint| {
+            if self.shape.locality == Locality::Any {
+                return 0;
+            }
+            let pod = endpoint
+                .workload
+                .as_ref()
+                .and_then(|uid| snapshot.workload(uid));
+            let there = pod
+                .and_then(|pod| snapshot.node(&pod.node))
+                .map(AsRef::as_ref);
+            self.shape.locality.tier(Nearness::between(here, there))
+        };
         for (balanced, is_v4) in [(&self.v4, true), (&self.v6, false)] {
-            let of_family =
-                |endpoint: &&Endpoint| endpoint.ready && endpoint.address.is_ipv4() == is_v4;
             let members: Vec<Member<EndpointId>> = self
-                .endpoints
-                .iter()
-                .filter(of_family)
-                .map(|endpoint| Member::new(endpoint.into()))
+                .ready()
+                .filter(|endpoint| endpoint.address.is_ipv4() == is_v4)
+                .map(|endpoint| Member {
+                    tier: tier(endpoint),
+                    ..Member::new(endpoint.into())
+                })
                 .collect();
             balanced.replace(&members, time);
         }
@@ -303,8 +334,20 @@ impl Followed {
 }
 
 impl Shape {
-    fn of(id: &DestinationId, _snapshot: &Snapshot) -> Self {
-        let mut shape = Self::default();
+    fn of(id: &DestinationId, snapshot: &Snapshot) -> Self {
+        let port = snapshot
+            .service(&id.service)
+            .and_then(|service| service.port(id.port));
+        let port_name = port.map_or("", |port| &port.name);
+        let policy = snapshot.policy_of_service(&id.service, port_name);
+        let settings = &policy.settings;
+        let mut shape = Self {
+            balance: settings.balance,
+            ejection: settings.ejection,
+            budget: settings.budget,
+            total: settings.limits.rates.total,
+            locality: policy.locality,
+        };
         if id.traffic == Traffic::Connections && shape.balance.algorithm == Algorithm::PeakEwma {
             // How long a connection lasts is no latency.
             shape.balance.algorithm = Algorithm::LeastRequest;

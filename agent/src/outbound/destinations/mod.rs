@@ -12,48 +12,54 @@ mod reachable;
 
 use std::collections::HashMap;
 use std::hash::{BuildHasher, RandomState};
+use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::Duration;
 
-use parking_lot::RwLock;
-use tokio::time::MissedTickBehavior;
-use tokio_util::sync::CancellationToken;
+use parking_lot::{Mutex, RwLock};
 
 use super::clock::Clock;
 use crate::mesh::{SharedSnapshot, Snapshot};
-use crate::resilience::EventSink;
 use crate::resilience::ejection::SourceId;
+use crate::resilience::{EventSink, Timestamp};
 
 pub use destination::{Destination, Route};
 pub use events::EventReporter;
 pub use name::{DestinationId, EndpointId, RouteKey, Traffic};
 pub use reachable::Reachable;
 
-/// How often what nobody asks for is followed and compared.
-const MAINTENANCE: Duration = Duration::from_secs(1);
-
 /// All destinations that pods of this node asked for. An entry stands only for a port that the newest
 /// snapshot has, so the snapshot bounds them.
 #[derive(Debug)]
 pub struct Destinations {
     snapshot: SharedSnapshot,
+    /// The node that they are seen from.
+    node: Arc<str>,
     clock: Clock,
     /// Jitter of one node is not that of another.
     seed: u64,
     sink: Arc<dyn EventSink>,
     by_id: RwLock<HashMap<DestinationId, Arc<Destination>>>,
+    /// Endpoints that have left since the last maintenance.
+    departed: Mutex<Vec<SocketAddr>>,
 }
 
 impl Destinations {
     /// None yet.
     #[must_use]
-    pub fn new(snapshot: SharedSnapshot, clock: Clock, sink: Arc<dyn EventSink>) -> Arc<Self> {
+    pub fn new(
+        snapshot: SharedSnapshot,
+        node: &str,
+        clock: Clock,
+        sink: Arc<dyn EventSink>,
+    ) -> Arc<Self> {
         Arc::new(Self {
             snapshot,
+            node: node.into(),
             clock,
             seed: RandomState::new().hash_one(()),
             sink,
             by_id: RwLock::default(),
+            departed: Mutex::default(),
         })
     }
 
@@ -76,32 +82,45 @@ impl Destinations {
         let mut by_id = self.by_id.write();
         let now = self.clock.now();
         if let Some(destination) = by_id.get(id) {
-            return destination
-                .follow(&newest, now)
+            return self
+                .follow(destination, &newest, now)
                 .then(|| destination.clone());
         }
-        let destination = Destination::new(id.clone(), self.seed, self.sink.clone(), &newest, now)?;
+        let destination = Destination::new(
+            id.clone(),
+            self.node.clone(),
+            self.seed,
+            self.sink.clone(),
+            &newest,
+            now,
+        )?;
         by_id.insert(id.clone(), destination.clone());
         Some(destination)
     }
 
+    fn follow(&self, destination: &Destination, newest: &Snapshot, now: Timestamp) -> bool {
+        destination.follow(newest, now, &mut self.departed.lock())
+    }
+
     /// The work that belongs on a timer: follows the snapshot where nobody asks, forgets what is
-    /// gone, compares endpoints with their peers. Linear in destinations and their endpoints.
-    pub fn maintain(&self) {
+    /// gone, compares endpoints with their peers. Linear in destinations and their endpoints. Returns
+    /// the endpoints that have left, whose connections nobody needs.
+    pub fn maintain(&self) -> Vec<SocketAddr> {
         let newest = self.snapshot.load_full();
         let now = self.clock.now();
         let all: Vec<Arc<Destination>> = self.by_id.read().values().cloned().collect();
         for destination in all {
-            if destination.follow(&newest, now) {
+            if self.follow(&destination, &newest, now) {
                 destination.maintain(now);
             } else {
                 let mut by_id = self.by_id.write();
                 // A newer snapshot may have brought it back meanwhile.
-                if !destination.follow(&self.snapshot.load(), now) {
+                if !self.follow(&destination, &self.snapshot.load(), now) {
                     by_id.remove(destination.id());
                 }
             }
         }
+        std::mem::take(&mut self.departed.lock())
     }
 
     /// A pod is gone: what was kept for it alone is forgotten.
@@ -121,15 +140,6 @@ impl Destinations {
     #[must_use]
     pub fn get(&self, id: &DestinationId) -> Option<Arc<Destination>> {
         self.by_id.read().get(id).cloned()
-    }
-}
-
-/// Maintains the destinations until `stop`.
-pub async fn maintain(destinations: Arc<Destinations>, stop: CancellationToken) {
-    let mut timer = tokio::time::interval(MAINTENANCE);
-    timer.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    while stop.run_until_cancelled(timer.tick()).await.is_some() {
-        destinations.maintain();
     }
 }
 

@@ -50,6 +50,12 @@ impl Reachable {
         second.filter(is_new).or(first)
     }
 
+    /// This endpoint, as a session wants it; none if it is gone, ejected or out of reach.
+    pub fn pick_this(&self, endpoint: &EndpointId, now: Timestamp) -> Option<Attempt<EndpointId>> {
+        let first = self.first.pick_this(endpoint, now);
+        first.or_else(|| self.second.as_ref()?.pick_this(endpoint, now))
+    }
+
     /// How many endpoints there are.
     #[must_use]
     pub fn len(&self) -> usize {

@@ -1,5 +1,5 @@
 use std::collections::BTreeSet;
-use std::net::SocketAddr;
+use std::time::Duration;
 
 use arc_swap::ArcSwap;
 
@@ -44,7 +44,8 @@ fn mesh(endpoints: &[Endpoint]) -> Snapshot {
 
 fn destinations(snapshot: Snapshot) -> (Arc<Destinations>, SharedSnapshot) {
     let shared: SharedSnapshot = Arc::new(ArcSwap::from_pointee(snapshot));
-    let destinations = Destinations::new(shared.clone(), Clock::start(), Arc::new(NoSink));
+    let destinations =
+        Destinations::new(shared.clone(), "node-a", Clock::start(), Arc::new(NoSink));
     (destinations, shared)
 }
 
@@ -97,7 +98,8 @@ fn only_endpoints_that_are_ready_are_picked() {
         assert_eq!(picked(&reachable, &[]), Some((&endpoints[1]).into()));
     }
     shared.store(Arc::new(mesh(&endpoints[..1])));
-    destinations.maintain();
+    assert_eq!(destinations.maintain(), [endpoints[1].address]);
+    assert!(destinations.maintain().is_empty());
     assert_eq!(picked(&reachable, &[]), None);
 }
 
