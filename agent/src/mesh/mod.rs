@@ -6,7 +6,10 @@
 mod authorize;
 mod claims;
 mod config;
+mod duration;
 mod node;
+pub mod policy;
+pub mod route;
 mod service;
 mod snapshot;
 mod spiffe;
@@ -15,7 +18,11 @@ mod workload;
 
 pub use authorize::{Denied, authorize};
 pub use config::{MeshConfig, Mode, ModeError};
+pub use duration::parse_duration;
 pub use node::Node;
+pub use policy::{
+    ConnectionLimits, FallbackBackend, HashKey, Locality, Nearness, StreamTimeouts, TrafficPolicy,
+};
 pub use service::{Endpoint, Service, ServicePort};
 pub use snapshot::{Destination, SharedSnapshot, Snapshot};
 pub use spiffe::{NAME_MAX, SpiffeId, SpiffeIdError, TrustDomain, is_kubernetes_name};

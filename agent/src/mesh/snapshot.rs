@@ -7,6 +7,10 @@ use std::sync::Arc;
 use arc_swap::ArcSwap;
 
 use super::claims::ClaimMap;
+use super::policy::{Layer, Policies, PolicyId, PolicyStatus, ServiceLayers, TrafficPolicy};
+use super::route::{
+    Attached, RouteId, RouteStatus, RouteTable, Routes, ServiceRoutes, StreamRoutes,
+};
 use super::targets::{CaptureTarget, TargetChanges, Targets};
 use super::{Endpoint, MeshConfig, Node, ObjectName, Service, ServicePort, Workload, WorkloadUid};
 
@@ -26,6 +30,8 @@ pub struct Snapshot {
     /// Which services a pod is an endpoint of: those whose targets change with its membership.
     by_endpoint: imbl::HashMap<WorkloadUid, imbl::OrdSet<ObjectName>>,
     targets: Targets,
+    routes: Routes,
+    policies: Policies,
 }
 
 /// What an original destination address means.
@@ -250,6 +256,71 @@ impl Snapshot {
             .collect()
     }
 
+    /// The HTTPRoutes or GRPCRoutes for requests of clients of this namespace to this port of a
+    /// Service. None if there is none: such requests go to the Service itself.
+    #[must_use]
+    pub fn routes(
+        &self,
+        service: &ObjectName,
+        port: u16,
+        client_namespace: &str,
+    ) -> Option<Arc<RouteTable>> {
+        match self.routes.of(service)?.attached(port, client_namespace)? {
+            Attached::Requests(table) => Some(table.clone()),
+            Attached::Streams(_) => None,
+        }
+    }
+
+    /// The TLSRoutes or TCPRoutes for connections of clients of this namespace to this port of a
+    /// Service. None if there is none: such connections go to the Service itself.
+    #[must_use]
+    pub fn stream_routes(
+        &self,
+        service: &ObjectName,
+        port: u16,
+        client_namespace: &str,
+    ) -> Option<Arc<StreamRoutes>> {
+        match self.routes.of(service)?.attached(port, client_namespace)? {
+            Attached::Streams(routes) => Some(routes.clone()),
+            Attached::Requests(_) => None,
+        }
+    }
+
+    /// All routes of a Service, whether it exists or not.
+    #[must_use]
+    pub fn routes_of(&self, service: &ObjectName) -> Option<&Arc<ServiceRoutes>> {
+        self.routes.of(service)
+    }
+
+    /// Puts routes in force for a Service in place of those that were; none takes them away. Its
+    /// ports with routes are captured even if no endpoint is meshed.
+    pub fn set_routes(&mut self, service: &ObjectName, routes: Option<Arc<ServiceRoutes>>) {
+        let affected = self.services.get(service).cloned();
+        if let Some(service) = &affected {
+            self.release_targets(service);
+        }
+        self.routes.set(service, routes);
+        if let Some(service) = &affected {
+            self.claim_targets(service);
+        }
+    }
+
+    /// Status of a route.
+    #[must_use]
+    pub fn route_status(&self, route: &RouteId) -> Option<&Arc<RouteStatus>> {
+        self.routes.status(route)
+    }
+
+    /// Statuses of all routes, by kind and name.
+    pub fn route_statuses(&self) -> impl Iterator<Item = &Arc<RouteStatus>> {
+        self.routes.statuses()
+    }
+
+    /// Replaces the status of a route; none takes it away.
+    pub fn set_route_status(&mut self, route: &RouteId, status: Option<Arc<RouteStatus>>) {
+        self.routes.set_status(route, status);
+    }
+
     /// What a connection to this address is for. Services come before pods, as in kube-proxy.
     #[must_use]
     pub fn resolve(&self, destination: SocketAddr) -> Destination {
@@ -270,8 +341,66 @@ impl Snapshot {
         }
     }
 
+    /// What traffic to this port of a Service gets, whatever the route. The very same as long as
+    /// nothing about it changes, also in later snapshots, so that pointers can be compared.
+    #[must_use]
+    pub fn policy_of_service(&self, service: &ObjectName, port: u16) -> Arc<TrafficPolicy> {
+        self.policies
+            .of_service(service, self.port_name(service, port), port)
+    }
+
+    /// The same on a route: what the route's policy says, and the Service's where it says nothing.
+    #[must_use]
+    pub fn policy_of(
+        &self,
+        service: &ObjectName,
+        port: u16,
+        route: Option<&RouteId>,
+    ) -> Arc<TrafficPolicy> {
+        let port_name = self.port_name(service, port);
+        match route {
+            Some(route) => self.policies.on_route(service, port_name, port, route),
+            None => self.policies.of_service(service, port_name, port),
+        }
+    }
+
+    fn port_name(&self, service: &ObjectName, port: u16) -> &str {
+        self.services
+            .get(service)
+            .and_then(|service| service.port(port))
+            .map_or("", |port| &port.name)
+    }
+
+    /// Puts the policies of a Service in force in place of those that were; none takes them away.
+    /// Its ports are captured then, even if no endpoint is meshed.
+    pub fn set_service_policies(&mut self, service: &ObjectName, layers: Option<ServiceLayers>) {
+        let affected = self.services.get(service).cloned();
+        if let Some(service) = &affected {
+            self.release_targets(service);
+        }
+        self.policies.set_service(service, layers);
+        if let Some(service) = &affected {
+            self.claim_targets(service);
+        }
+    }
+
+    /// Puts a route's policy in force in place of the one that was; none takes it away.
+    pub fn set_route_policy(&mut self, route: &RouteId, layer: Option<Layer>) {
+        self.policies.set_route(route, layer);
+    }
+
+    /// Statuses of all policies, by kind and name.
+    pub fn policy_statuses(&self) -> impl Iterator<Item = &Arc<PolicyStatus>> {
+        self.policies.statuses()
+    }
+
+    /// Replaces the status of a policy; none takes it away.
+    pub fn set_policy_status(&mut self, policy: &PolicyId, status: Option<Arc<PolicyStatus>>) {
+        self.policies.set_status(policy, status);
+    }
+
     /// Every destination that is captured: meshed pods on all ports, and Services' ports with at
-    /// least one meshed endpoint.
+    /// least one meshed endpoint, a route or a policy.
     #[must_use]
     pub fn capture_targets(&self) -> BTreeSet<CaptureTarget> {
         self.targets.to_set()
@@ -303,11 +432,17 @@ impl Snapshot {
     }
 
     fn targets_of(&self, service: &Service) -> Vec<CaptureTarget> {
-        let meshed = |port: &&ServicePort| port.endpoints.iter().any(|one| self.is_meshed(one));
+        let routes = self.routes.of(&service.name);
+        let wanted = |port: &&ServicePort| {
+            self.policies
+                .attach_to(&service.name, &port.name, port.port)
+                || routes.is_some_and(|routes| routes.has_port(port.port))
+                || port.endpoints.iter().any(|one| self.is_meshed(one))
+        };
         service
             .ports
             .iter()
-            .filter(meshed)
+            .filter(wanted)
             .flat_map(|port| {
                 service.vips.iter().map(|&address| CaptureTarget {
                     address,

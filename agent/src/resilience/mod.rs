@@ -14,6 +14,7 @@
 
 pub mod backoff;
 pub mod balance;
+pub mod book;
 pub mod breaker;
 pub mod breakers;
 pub mod budget;
@@ -39,6 +40,7 @@ pub mod validate;
 
 pub use backoff::Backoff;
 pub use balance::{Algorithm, BalanceSettings};
+pub use book::BreakerBook;
 pub use breaker::{Breaker, BreakerSettings, BreakerState};
 pub use breakers::Breakers;
 pub use budget::{BudgetSettings, Purse, RetryBudget};

@@ -52,7 +52,7 @@ pub(super) fn write(ended: &EndedView) {
     );
 }
 
-fn shown(value: Option<&impl fmt::Display>) -> Option<String> {
+pub(super) fn shown(value: Option<&impl fmt::Display>) -> Option<String> {
     value.map(ToString::to_string)
 }
 
@@ -83,58 +83,16 @@ impl Write for Bounded {
 
 #[cfg(test)]
 mod tests {
-    use std::io;
-    use std::sync::Arc;
-
-    use parking_lot::Mutex;
-    use tracing_subscriber::EnvFilter;
-    use tracing_subscriber::fmt::MakeWriter;
-
-    use super::super::logging::subscriber;
-    use super::super::testing::info;
+    use super::super::testing::{self, info};
     use super::super::{Connection, End, LogFormat, Telemetry};
     use super::*;
 
-    #[derive(Clone, Default)]
-    struct Written(Arc<Mutex<Vec<u8>>>);
-
-    impl io::Write for Written {
-        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-            self.0.lock().extend_from_slice(bytes);
-            Ok(bytes.len())
-        }
-
-        fn flush(&mut self) -> io::Result<()> {
-            Ok(())
-        }
-    }
-
-    impl<'a> MakeWriter<'a> for Written {
-        type Writer = Self;
-
-        fn make_writer(&'a self) -> Self {
-            self.clone()
-        }
-    }
-
-    impl Written {
-        fn text(&self) -> String {
-            String::from_utf8(self.0.lock().clone()).unwrap()
-        }
-    }
-
     fn logged(format: LogFormat, filter: &str, end: impl FnOnce(Connection)) -> String {
-        let written = Written::default();
-        let filter = EnvFilter::try_new(filter).unwrap();
-        let subscriber = subscriber(format, filter, written.clone(), false);
-        tracing::subscriber::with_default(subscriber, || end(Telemetry::new().open(info())));
-        written.text()
+        testing::logged(format, filter, || end(Telemetry::new().open(info())))
     }
 
     fn logged_as_json(end: impl FnOnce(Connection)) -> serde_json::Value {
-        let text = logged(LogFormat::Json, "info", end);
-        assert_eq!(text.lines().count(), 1, "{text}");
-        serde_json::from_str(&text).unwrap()
+        testing::logged_as_json(|| end(Telemetry::new().open(info())))
     }
 
     #[test]

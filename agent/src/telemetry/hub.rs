@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::fmt;
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime};
@@ -17,10 +18,12 @@ use tokio_util::sync::CancellationToken;
 
 use super::connection::Entry;
 use super::history::History;
+use super::http::Requester;
+use super::http::series::{HttpMetrics, HttpSeries};
 use super::process::Process;
 use super::samples::{Labelled, SampledFamily, Samples};
-use super::series::SeriesTable;
-use super::{Connection, ConnectionInfo, ConnectionView, EndedView};
+use super::series::{Known, SeriesTable};
+use super::{Connection, ConnectionInfo, ConnectionView, Direction, EndedView, Party};
 use crate::mesh::{SharedSnapshot, Snapshot};
 
 /// Parts of the connection table: enough that two workers seldom meet at one lock.
@@ -36,6 +39,12 @@ pub struct TelemetryOptions {
     /// in `undermesh_telemetry_series_overflow_total`. A series is about 20 lines of the
     /// exposition. Default 2,048.
     pub max_series: usize,
+    /// Series of request metrics, at most: each about 15 lines of the exposition, and beside it
+    /// those of Services and routes. Default 2,048; what is beyond counts as `_overflow`.
+    pub max_request_series: usize,
+    /// Combinations of method, status, gRPC status and flag in all of them, at most: a line each.
+    /// Default 8,192; what is beyond keeps its series and the class of its status.
+    pub max_request_outcomes: usize,
     /// How long the series of a workload that is gone stay. Default 5 minutes: a few scrapes.
     pub series_grace: Duration,
     /// Ended connections that are remembered, the newest. Default 1,024, about 1 MiB.
@@ -46,6 +55,8 @@ impl Default for TelemetryOptions {
     fn default() -> Self {
         Self {
             max_series: 2_048,
+            max_request_series: 2_048,
+            max_request_outcomes: 8_192,
             series_grace: Duration::from_secs(5 * 60),
             max_ended: 1_024,
         }
@@ -57,6 +68,7 @@ pub struct Telemetry {
     next_id: AtomicU64,
     table: [Mutex<HashMap<u64, Arc<Entry>>>; SHARDS],
     series: Arc<SeriesTable>,
+    http: Arc<HttpSeries>,
     series_grace: Duration,
     history: History,
     registry: Mutex<Registry>,
@@ -86,10 +98,16 @@ impl Telemetry {
             started: SystemTime::now(),
         }));
         registry.register_collector(Box::new(ConnectionMetrics(series.clone())));
+        let http = Arc::new(HttpSeries::new(
+            options.max_request_series,
+            options.max_request_outcomes,
+        ));
+        registry.register_collector(Box::new(HttpMetrics(http.clone())));
         let telemetry = Arc::new(Self {
             next_id: AtomicU64::new(1),
             table: std::array::from_fn(|_| Mutex::default()),
             series,
+            http,
             series_grace: options.series_grace,
             history: History::new(options.max_ended),
             registry: Mutex::new(registry),
@@ -116,6 +134,24 @@ impl Telemetry {
         let entry = Arc::new(Entry::new(id, info));
         self.shard(id).lock().insert(id, entry.clone());
         Connection::new(self.clone(), entry)
+    }
+
+    /// The client of a downstream connection, of which requests are to come: where it stands, what
+    /// it connected to, and the number of its [`Connection`].
+    pub fn requester(
+        self: &Arc<Self>,
+        direction: Direction,
+        source: Party,
+        original_destination: SocketAddr,
+        connection: u64,
+    ) -> Arc<Requester> {
+        Requester::new(
+            self.clone(),
+            direction,
+            source,
+            original_destination,
+            connection,
+        )
     }
 
     /// The live connections, oldest first.
@@ -193,11 +229,17 @@ impl Telemetry {
     /// Removes the series of workloads, identities and services that are not in the snapshot, once
     /// they were unused for the grace period. [`housekeep`] calls it regularly.
     pub fn retain(&self, snapshot: &Snapshot, now: Instant) {
-        self.series.retain(snapshot, self.series_grace, now);
+        let known = Known::of(snapshot);
+        self.series.retain(&known, self.series_grace, now);
+        self.http.retain(&known, snapshot, self.series_grace, now);
     }
 
     pub(super) fn series(&self) -> &SeriesTable {
         &self.series
+    }
+
+    pub(super) fn http(&self) -> &HttpSeries {
+        &self.http
     }
 
     pub(super) fn forget_connection(&self, id: u64) {
@@ -280,9 +322,10 @@ impl fmt::Debug for ConnectionMetrics {
 
 #[cfg(test)]
 mod tests {
+    use super::super::http;
     use super::super::testing::{info, info_from, total, workload};
     use super::super::{
-        CloseReason, ConnectionInfo, Direction, End, FailureReason, Party, Security,
+        CloseReason, ConnectionInfo, Direction, End, FailureReason, Party, ResponseFlag, Security,
     };
     use super::*;
     use crate::mesh::{ObjectName, Service};
@@ -445,6 +488,7 @@ mod tests {
         telemetry
             .open(info())
             .fail(FailureReason::Denied, &"by policy");
+        http::tests::everything_that_requests_count(&telemetry);
         let metrics = telemetry.scrape().unwrap();
         let families = metrics
             .lines()
@@ -456,7 +500,9 @@ mod tests {
             .filter_map(|label| label.split('=').next());
         let values = FailureReason::ALL.map(FailureReason::as_str);
         let ends = CloseReason::ALL.map(CloseReason::as_str);
-        for name in families.chain(labels).chain(values).chain(ends) {
+        let flags = ResponseFlag::ALL.map(ResponseFlag::as_str);
+        let names = families.chain(labels).chain(values).chain(ends);
+        for name in names.chain(flags) {
             // `le` belongs to histograms as such.
             if name == "le" {
                 continue;

@@ -1,5 +1,5 @@
-//! What the agent knows about connections and tells others: the table of live connections, the
-//! metrics, and the access log.
+//! What the agent knows about connections and requests and tells others: the table of live
+//! connections, the metrics, and the access log.
 //!
 //! A connection is announced with [`Telemetry::open`], which gives a [`Connection`]: a guard. It
 //! stands in the table until it is closed, and it cannot be forgotten, because dropping it counts
@@ -14,6 +14,7 @@ mod chain;
 mod connection;
 mod end;
 mod history;
+mod http;
 mod hub;
 mod info;
 mod labels;
@@ -25,6 +26,10 @@ mod series;
 pub(crate) mod testing;
 mod view;
 
+pub use self::http::{
+    AttemptView, HttpProtocol, REASON_HEADER, RequestEnd, RequestEvent, RequestInfo, RequestRecord,
+    Requester, ResponseFlag,
+};
 pub use access_log::TARGET as ACCESS_LOG_TARGET;
 pub use chain::error_chain;
 pub use connection::{ByteCount, Connection};

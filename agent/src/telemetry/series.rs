@@ -122,8 +122,7 @@ impl SeriesTable {
     /// Removes the series that speak of a workload, an identity or a service that is not in the
     /// snapshot, when they had no live connection and no new one for `grace`: long enough for the
     /// last values to be scraped.
-    pub fn retain(&self, snapshot: &Snapshot, grace: Duration, now: Instant) {
-        let known = Known::of(snapshot);
+    pub fn retain(&self, known: &Known<'_>, grace: Duration, now: Instant) {
         self.slots.write().retain(|labels, slot| {
             let idle = slot.series.live.load(Ordering::Acquire) == 0;
             if !idle || known.all_of(labels) {
@@ -263,7 +262,7 @@ fn by_value<const N: usize>(
 }
 
 /// Whom a snapshot knows.
-struct Known<'a> {
+pub(super) struct Known<'a> {
     snapshot: &'a Snapshot,
     /// (namespace, workload)
     workloads: HashSet<(&'a str, &'a str)>,
@@ -271,7 +270,7 @@ struct Known<'a> {
 }
 
 impl<'a> Known<'a> {
-    fn of(snapshot: &'a Snapshot) -> Self {
+    pub fn of(snapshot: &'a Snapshot) -> Self {
         let workloads = snapshot.workloads();
         Self {
             snapshot,
@@ -285,7 +284,8 @@ impl<'a> Known<'a> {
         }
     }
 
-    fn all_of(&self, labels: &Labels) -> bool {
+    /// Whether it knows everybody that these labels name.
+    pub fn all_of(&self, labels: &Labels) -> bool {
         match &labels.ends {
             Ends::Overflow => true,
             Ends::Named(ends) => {

@@ -1,10 +1,16 @@
-//! Connections and exposition lines for tests.
+//! Connections, exposition lines and log lines for tests.
 
 use std::collections::BTreeMap;
+use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
 
-use super::{ConnectionInfo, Direction, Party, Security};
+use parking_lot::Mutex;
+use tracing_subscriber::EnvFilter;
+use tracing_subscriber::fmt::MakeWriter;
+
+use super::logging::subscriber;
+use super::{ConnectionInfo, Direction, LogFormat, Party, Security};
 use crate::mesh::{Membership, Mode, ObjectName, SpiffeId, TrustDomain, Workload, WorkloadUid};
 
 pub(crate) fn workload(name: &str, address: &str) -> Arc<Workload> {
@@ -53,4 +59,42 @@ pub(crate) fn total(exposition: &str, name: &str, parts: &[&str]) -> u64 {
         .filter(|line| parts.iter().all(|part| line.contains(part)))
         .map(|line| line.rsplit(' ').next().unwrap().parse::<f64>().unwrap() as u64)
         .sum()
+}
+
+#[derive(Clone, Default)]
+struct Written(Arc<Mutex<Vec<u8>>>);
+
+impl io::Write for Written {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.lock().extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl<'a> MakeWriter<'a> for Written {
+    type Writer = Self;
+
+    fn make_writer(&'a self) -> Self {
+        self.clone()
+    }
+}
+
+/// What is logged meanwhile.
+pub(crate) fn logged(format: LogFormat, filter: &str, act: impl FnOnce()) -> String {
+    let written = Written::default();
+    let filter = EnvFilter::try_new(filter).unwrap();
+    let subscriber = subscriber(format, filter, written.clone(), false);
+    tracing::subscriber::with_default(subscriber, act);
+    String::from_utf8(written.0.lock().clone()).unwrap()
+}
+
+/// The one line that is logged meanwhile.
+pub(crate) fn logged_as_json(act: impl FnOnce()) -> serde_json::Value {
+    let text = logged(LogFormat::Json, "info", act);
+    assert_eq!(text.lines().count(), 1, "{text}");
+    serde_json::from_str(&text).unwrap()
 }
