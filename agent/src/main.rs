@@ -13,7 +13,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 use undermesh::agent::{self, AgentOptions};
 use undermesh::cli;
-use undermesh::discovery::translate::parse_duration;
+use undermesh::mesh::parse_duration;
 use undermesh::identity::authority::{self, AuthorityOptions};
 use undermesh::mesh::TrustDomain;
 use undermesh::telemetry::{LogFormat, Logging};

@@ -2,6 +2,11 @@
 
 use std::fmt;
 
+use gateway_api::experimental::grpcroutes::GrpcRoute;
+use gateway_api::experimental::httproutes::HttpRoute;
+use gateway_api::experimental::referencegrants::ReferenceGrant;
+use gateway_api::experimental::tcproutes::TcpRoute;
+use gateway_api::experimental::tlsroutes::TlsRoute;
 use k8s_openapi::api::core::v1::{Namespace, Node, Pod, Service};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
@@ -10,6 +15,7 @@ use thiserror::Error;
 
 use super::translate::MeshConfigManifest;
 use crate::mesh::ObjectName;
+use crate::mesh::route::{RouteId, RouteKind};
 
 /// The kinds that are read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
@@ -26,6 +32,20 @@ pub enum Kind {
     EndpointSlice,
     /// `v1`.
     Service,
+    /// `gateway.networking.k8s.io/v1`.
+    #[serde(rename = "GRPCRoute")]
+    GrpcRoute,
+    /// `gateway.networking.k8s.io/v1`.
+    #[serde(rename = "HTTPRoute")]
+    HttpRoute,
+    /// `gateway.networking.k8s.io/v1`.
+    #[serde(rename = "TLSRoute")]
+    TlsRoute,
+    /// `gateway.networking.k8s.io/v1`.
+    #[serde(rename = "TCPRoute")]
+    TcpRoute,
+    /// `gateway.networking.k8s.io/v1`.
+    ReferenceGrant,
 }
 
 impl Kind {
@@ -34,7 +54,32 @@ impl Kind {
     pub fn scope(self) -> Scope {
         match self {
             Self::MeshConfig | Self::Namespace | Self::Node => Scope::Cluster,
-            Self::Pod | Self::EndpointSlice | Self::Service => Scope::Namespace,
+            Self::Pod
+            | Self::EndpointSlice
+            | Self::Service
+            | Self::GrpcRoute
+            | Self::HttpRoute
+            | Self::TlsRoute
+            | Self::TcpRoute
+            | Self::ReferenceGrant => Scope::Namespace,
+        }
+    }
+
+    /// Which kind of route it is, if it is one.
+    #[must_use]
+    pub fn route(self) -> Option<RouteKind> {
+        match self {
+            Self::GrpcRoute => Some(RouteKind::Grpc),
+            Self::HttpRoute => Some(RouteKind::Http),
+            Self::TlsRoute => Some(RouteKind::Tls),
+            Self::TcpRoute => Some(RouteKind::Tcp),
+            Self::MeshConfig
+            | Self::Namespace
+            | Self::Node
+            | Self::Pod
+            | Self::EndpointSlice
+            | Self::Service
+            | Self::ReferenceGrant => None,
         }
     }
 }
@@ -50,7 +95,21 @@ pub enum Scope {
 
 impl fmt::Display for Kind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        fmt::Debug::fmt(self, f)
+        match self.route() {
+            Some(route) => route.fmt(f),
+            None => fmt::Debug::fmt(self, f),
+        }
+    }
+}
+
+impl From<RouteKind> for Kind {
+    fn from(kind: RouteKind) -> Self {
+        match kind {
+            RouteKind::Grpc => Self::GrpcRoute,
+            RouteKind::Http => Self::HttpRoute,
+            RouteKind::Tls => Self::TlsRoute,
+            RouteKind::Tcp => Self::TcpRoute,
+        }
     }
 }
 
@@ -75,6 +134,24 @@ impl ObjectKey {
         Self {
             kind,
             name: ObjectName::new(namespace, name),
+        }
+    }
+
+    /// The route that it is, if it is one.
+    #[must_use]
+    pub fn route(&self) -> Option<RouteId> {
+        Some(RouteId {
+            kind: self.kind.route()?,
+            name: self.name.clone(),
+        })
+    }
+}
+
+impl From<&RouteId> for ObjectKey {
+    fn from(route: &RouteId) -> Self {
+        Self {
+            kind: route.kind.into(),
+            name: route.name.clone(),
         }
     }
 }
@@ -147,6 +224,16 @@ pub enum Object {
     EndpointSlice(Box<EndpointSlice>),
     /// A Service.
     Service(Box<Service>),
+    /// Where gRPC calls go.
+    GrpcRoute(Box<GrpcRoute>),
+    /// Where HTTP requests go.
+    HttpRoute(Box<HttpRoute>),
+    /// Where TLS connections go.
+    TlsRoute(Box<TlsRoute>),
+    /// Where TCP connections go.
+    TcpRoute(Box<TcpRoute>),
+    /// Which routes of other namespaces may send to its own.
+    ReferenceGrant(Box<ReferenceGrant>),
 }
 
 impl Object {
@@ -160,6 +247,11 @@ impl Object {
             Self::Pod(_) => Kind::Pod,
             Self::EndpointSlice(_) => Kind::EndpointSlice,
             Self::Service(_) => Kind::Service,
+            Self::GrpcRoute(_) => Kind::GrpcRoute,
+            Self::HttpRoute(_) => Kind::HttpRoute,
+            Self::TlsRoute(_) => Kind::TlsRoute,
+            Self::TcpRoute(_) => Kind::TcpRoute,
+            Self::ReferenceGrant(_) => Kind::ReferenceGrant,
         }
     }
 
@@ -173,6 +265,11 @@ impl Object {
             Self::Pod(object) => &object.metadata,
             Self::EndpointSlice(object) => &object.metadata,
             Self::Service(object) => &object.metadata,
+            Self::GrpcRoute(object) => &object.metadata,
+            Self::HttpRoute(object) => &object.metadata,
+            Self::TlsRoute(object) => &object.metadata,
+            Self::TcpRoute(object) => &object.metadata,
+            Self::ReferenceGrant(object) => &object.metadata,
         }
     }
 

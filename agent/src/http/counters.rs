@@ -37,21 +37,15 @@ impl Flood {
         }
     }
 
-    /// Which flood h2 ended the connection for, by the words it sends with its GOAWAY.
-    pub(super) fn of(error: &h2::Error) -> Option<Self> {
-        if error.reason() != Some(h2::Reason::ENHANCE_YOUR_CALM) || error.is_remote() {
-            return None;
+    /// What a peer flooded with whose connection h2 ended, by the type of the last frame that was
+    /// read of it (RFC 9113 §6): h2 itself tells only the peer.
+    pub(super) fn of(frame: u8) -> Self {
+        match frame {
+            0 => Self::EmptyData,
+            1 | 3 => Self::Resets,
+            9 => Self::Continuations,
+            _ => Self::Other,
         }
-        let words = error.to_string();
-        Some(if words.contains("resets") {
-            Self::Resets
-        } else if words.contains("continuations") {
-            Self::Continuations
-        } else if words.contains("data_frames") {
-            Self::EmptyData
-        } else {
-            Self::Other
-        })
     }
 }
 

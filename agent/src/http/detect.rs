@@ -220,8 +220,8 @@ pub fn sniff(bytes: &[u8]) -> Sniff {
             Hello::More => Sniff::Decided(Protocol::Tls { sni: None }),
             Hello::No => opaque,
         },
-        Some(_) if H2_PREFACE.starts_with(bytes) => Sniff::More,
         Some(_) if bytes.starts_with(H2_PREFACE) => Sniff::Decided(Protocol::Http2),
+        Some(_) if H2_PREFACE.starts_with(bytes) => Sniff::More,
         Some(_) => http1(bytes),
     }
 }
@@ -378,4 +378,249 @@ fn host_name(name: &[u8]) -> Option<Box<str>> {
             .all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'.' | b'_'));
     let name = std::str::from_utf8(name).ok().filter(|_| fits)?;
     Some(name.to_ascii_lowercase().into())
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::AsyncWriteExt;
+    use tokio::net::TcpListener;
+
+    use super::*;
+
+    fn decided(bytes: &[u8]) -> Option<Protocol> {
+        match sniff(bytes) {
+            Sniff::Decided(protocol) => Some(protocol),
+            Sniff::More => None,
+        }
+    }
+
+    /// The verdict on the first of these bytes that allow one.
+    fn first(bytes: &[u8]) -> Option<Protocol> {
+        (0..=bytes.len()).find_map(|length| decided(&bytes[..length]))
+    }
+
+    #[test]
+    fn http_is_known_by_its_first_line_however_it_is_cut() {
+        let lines = [
+            "GET / HTTP/1.1\r\n",
+            "POST /a?b=c HTTP/1.0\r\n",
+            "OPTIONS * HTTP/1.1\n",
+            "\r\nGET http://a/ HTTP/1.1\r\n",
+            "CONNECT [::1]:80 HTTP/1.1\r\n",
+            "VERSION-CONTROL / HTTP/1.1\r\n",
+            "PRI / HTTP/1.1\r\n",
+        ];
+        for line in lines {
+            assert_eq!(first(line.as_bytes()), Some(Protocol::Http1), "{line}");
+        }
+        assert_eq!(first(H2_PREFACE), Some(Protocol::Http2));
+        assert_eq!(decided(&H2_PREFACE[..23]), None);
+    }
+
+    #[test]
+    fn what_only_looks_like_http_is_opaque() {
+        let others: &[&[u8]] = &[
+            b"*1\r\n$4\r\nPING\r\n",
+            b"PING\r\n",
+            b"EHLO there\r\n",
+            b"SSH-2.0-x\r\n",
+            b"\0\0\0\x08",
+            b"GET key\r\n",
+            b"set a 0 0 1\r\n",
+            b"GET / HTTP/2.0\r\n",
+            b"GET / HTTP/1.2\r\n",
+            b" GET /",
+            b"USER x\r\n",
+            b"AVERYLONGMETHODTHATISNONE ",
+            b"\r\n\r\n\r\n",
+        ];
+        for other in others {
+            assert_eq!(
+                first(other),
+                Some(Protocol::Opaque),
+                "{:?}",
+                other.escape_ascii()
+            );
+        }
+    }
+
+    #[test]
+    fn a_target_that_is_longer_than_is_looked_at_is_http() {
+        let line = format!("GET /{}", "a".repeat(SNIFF_BYTES));
+        assert_eq!(
+            decided(&line.as_bytes()[..SNIFF_BYTES]),
+            Some(Protocol::Http1)
+        );
+    }
+
+    /// A ClientHello with this extension list.
+    fn hello(name: Option<&[u8]>) -> Vec<u8> {
+        let mut extensions = vec![0, 43, 0, 3, 2, 3, 4];
+        if let Some(name) = name {
+            let length = name.len() as u16;
+            extensions.extend([0, 0]);
+            extensions.extend((length + 5).to_be_bytes());
+            extensions.extend((length + 3).to_be_bytes());
+            extensions.push(0);
+            extensions.extend(length.to_be_bytes());
+            extensions.extend(name);
+        }
+        let mut body = vec![3, 3];
+        body.extend([7; 32]);
+        body.extend([0, 0, 2, 0x13, 1, 1, 0]);
+        body.extend((extensions.len() as u16).to_be_bytes());
+        body.extend(extensions);
+        let mut message = vec![1];
+        message.extend(&(body.len() as u32).to_be_bytes()[1..]);
+        message.extend(body);
+        message
+    }
+
+    fn record(part: &[u8]) -> Vec<u8> {
+        let mut record = vec![0x16, 3, 1];
+        record.extend((part.len() as u16).to_be_bytes());
+        record.extend(part);
+        record
+    }
+
+    fn tls(name: &str) -> Option<Protocol> {
+        Some(Protocol::Tls {
+            sni: Some(name.into()),
+        })
+    }
+
+    #[test]
+    fn the_server_name_is_found_in_one_record_and_in_many() {
+        let hello = hello(Some(b"Shop.Example"));
+        assert_eq!(first(&record(&hello)), tls("shop.example"));
+        let parts: Vec<u8> = hello.chunks(5).flat_map(record).collect();
+        assert_eq!(first(&parts), tls("shop.example"));
+    }
+
+    #[test]
+    fn a_name_that_is_none_is_not_passed_on() {
+        for name in [
+            None,
+            Some(&b"a\nb"[..]),
+            Some(b"a b"),
+            Some(b""),
+            Some(b"\xff"),
+        ] {
+            let found = first(&record(&hello(name)));
+            assert_eq!(found, Some(Protocol::Tls { sni: None }), "{name:?}");
+        }
+    }
+
+    #[test]
+    fn broken_tls_is_opaque_and_an_endless_one_is_not_waited_for() {
+        for bytes in [
+            &[0x16, 3, 1, 0, 0][..],
+            &[0x16, 2, 0, 0, 5],
+            &[0x16, 3, 1, 0, 4, 2, 0, 0, 0],
+        ] {
+            assert_eq!(first(bytes), Some(Protocol::Opaque), "{bytes:?}");
+        }
+        let mut short = hello(Some(b"shop"));
+        short[3] -= 4;
+        assert_eq!(first(&record(&short)), Some(Protocol::Opaque));
+        let mut endless = vec![1, 0xff, 0xff, 0xff];
+        endless.resize(16_000, 0);
+        let endless = record(&endless);
+        assert_eq!(decided(&endless[..SNIFF_BYTES - 1]), None);
+        assert_eq!(
+            decided(&endless[..SNIFF_BYTES]),
+            Some(Protocol::Tls { sni: None })
+        );
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn a_verdict_comes_at_the_bound_at_the_latest(
+            start in proptest::sample::select(vec![&b"GET "[..], b"PRI ", &[0x16, 3, 1, 0x40, 0], b""]),
+            rest in proptest::collection::vec(proptest::num::u8::ANY, SNIFF_BYTES),
+        ) {
+            let bytes = [start, &rest[..]].concat();
+            proptest::prop_assert!(decided(&bytes[..SNIFF_BYTES]).is_some());
+        }
+    }
+
+    #[test]
+    fn hints_come_from_the_annotation_the_protocol_and_the_name_in_this_order() {
+        let cases = [
+            (Some("http"), "tcp-db", true, Hint::Opaque),
+            (Some("kubernetes.io/h2c"), "", false, Hint::Http2),
+            (Some("kubernetes.io/ws"), "", false, Hint::Http),
+            (Some("kubernetes.io/wss"), "", false, Hint::Tls),
+            (Some("HTTP"), "tcp", false, Hint::Http),
+            (Some("grpc"), "http", false, Hint::Grpc),
+            (Some("example.com/own"), "grpc-api", false, Hint::Grpc),
+            (None, "http-web", false, Hint::Http),
+            (None, "http2", false, Hint::Http2),
+            (None, "https", false, Hint::Tls),
+            (None, "tcp-x", false, Hint::Opaque),
+            (None, "mysql", false, Hint::Opaque),
+            (None, "httpx", false, Hint::None),
+            (None, "", false, Hint::None),
+        ];
+        for (protocol, name, opaque, expected) in cases {
+            assert_eq!(
+                hint(protocol, name, opaque),
+                expected,
+                "{protocol:?} {name}"
+            );
+        }
+    }
+
+    async fn pair() -> (TcpStream, TcpStream) {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let (client, accepted) = tokio::join!(TcpStream::connect(address), listener.accept());
+        (client.unwrap(), accepted.unwrap().0)
+    }
+
+    const LONG: Duration = Duration::from_secs(20);
+
+    #[tokio::test]
+    async fn one_byte_at_a_time_is_waited_for_and_nothing_is_consumed() {
+        let (mut client, server) = pair().await;
+        let line = b"GET / HTTP/1.1\r\n";
+        let writing = async {
+            for byte in line {
+                client.write_all(&[*byte]).await.unwrap();
+                tokio::time::sleep(Duration::from_millis(2)).await;
+            }
+        };
+        let (found, ()) = tokio::join!(detect(&server, Hint::None, LONG), writing);
+        assert_eq!(found.unwrap(), Protocol::Http1);
+        let mut seen = [0; 16];
+        server.peek(&mut seen).await.unwrap();
+        assert_eq!(&seen, line);
+    }
+
+    #[tokio::test]
+    async fn a_silent_client_is_waited_for_no_longer_than_the_bound_unless_hinted() {
+        let (_client, server) = pair().await;
+        let limit = Duration::from_millis(30);
+        let before = Instant::now();
+        let found = detect(&server, Hint::None, limit).await.unwrap();
+        assert_eq!(found, Protocol::Opaque);
+        assert!(before.elapsed() >= limit);
+        let found = detect(&server, Hint::Opaque, LONG).await.unwrap();
+        assert_eq!(found, Protocol::Opaque);
+        let hinted = detect(&server, Hint::Http, limit);
+        let waited = tokio::time::timeout(limit * 4, hinted).await;
+        assert!(waited.is_err(), "{waited:?}");
+    }
+
+    #[tokio::test]
+    async fn a_client_that_ends_before_it_can_be_told_is_opaque() {
+        for said in [&b""[..], b"GET"] {
+            let (mut client, server) = pair().await;
+            client.write_all(said).await.unwrap();
+            client.shutdown().await.unwrap();
+            let detecting = detect(&server, Hint::Http, LONG);
+            let found = tokio::time::timeout(LONG, detecting).await.unwrap();
+            assert_eq!(found.unwrap(), Protocol::Opaque, "{said:?}");
+        }
+    }
 }

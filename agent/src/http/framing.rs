@@ -274,3 +274,135 @@ fn chunk_size(line: &[u8]) -> Option<u64> {
     // Room for the line end that follows the chunk.
     (size <= u64::MAX - 2).then_some(size)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What is found, and how many requests were passed before.
+    fn walk(bytes: &[u8], part: usize) -> (Option<Violation>, u64) {
+        let mut framing = Framing::new();
+        for part in bytes.chunks(part) {
+            framing.advance(part);
+        }
+        let violation = framing.found().map(|found| found.violation);
+        (violation, framing.request())
+    }
+
+    /// The same in one piece, byte by byte, and in threes.
+    fn found(bytes: &str) -> (Option<Violation>, u64) {
+        let whole = walk(bytes.as_bytes(), bytes.len().max(1));
+        for part in [1, 3, 7] {
+            assert_eq!(walk(bytes.as_bytes(), part), whole, "in parts of {part}");
+        }
+        whole
+    }
+
+    #[test]
+    fn messages_of_every_kind_are_followed_to_their_end() {
+        let requests = "GET / HTTP/1.1\r\nHost: a\r\n\r\n\
+            \r\nPOST / HTTP/1.1\r\nContent-Length: 12\r\nContent-Length: 12\r\n\r\nGET / HTTP/1\
+            POST / HTTP/1.1\r\nTransfer-Encoding: Chunked\r\n\r\n\
+            4;note=\"x\"\r\n\r\n\r\n\r\n1A \r\nContent-Length: 1\r\nabcdefg\r\n0\r\nx-sum: 1\r\n\r\n\
+            HEAD / HTTP/1.1\r\nContent-Length: 0\r\n\r\n";
+        assert_eq!(found(requests), (None, 4));
+    }
+
+    #[test]
+    fn both_lengths_are_found_in_any_order_case_and_part() {
+        let orders = [
+            "Content-Length: 4\r\nTransfer-Encoding: chunked",
+            "Transfer-Encoding: chunked\r\nX: y\r\nContent-Length: 4",
+            "TRANSFER-ENCODING:chunked\r\ncontent-length:\t4",
+            "transfer-encoding: chunked\r\ncontent-length : 4",
+            "transfer-encoding: chunked\ncontent-length: 4",
+        ];
+        for order in orders {
+            let before = "GET / HTTP/1.1\r\n\r\n";
+            let bytes = format!("{before}POST / HTTP/1.1\r\n{order}\r\n\r\n");
+            assert_eq!(found(&bytes), (Some(Violation::BothLengths), 1), "{order}");
+        }
+    }
+
+    #[test]
+    fn lengths_and_codings_that_are_none_are_found() {
+        let long = format!("transfer-encoding: {}chunked", " ".repeat(LINE_BYTES));
+        let cases = [
+            (
+                "content-length: 4\r\ncontent-length: 5",
+                Violation::ContentLength,
+            ),
+            ("content-length: 4,4", Violation::ContentLength),
+            ("content-length: 0x4", Violation::ContentLength),
+            ("content-length:", Violation::ContentLength),
+            (
+                "content-length: 99999999999999999999",
+                Violation::ContentLength,
+            ),
+            (
+                "transfer-encoding: gzip, chunked",
+                Violation::TransferEncoding,
+            ),
+            (
+                "transfer-encoding: chunked\r\ntransfer-encoding: chunked",
+                Violation::TransferEncoding,
+            ),
+            ("transfer-encoding: xchunked", Violation::TransferEncoding),
+            (&*long, Violation::TransferEncoding),
+        ];
+        for (fields, violation) in cases {
+            let bytes = format!("POST / HTTP/1.1\r\n{fields}\r\n\r\n");
+            assert_eq!(found(&bytes).0, Some(violation), "{fields}");
+        }
+    }
+
+    #[test]
+    fn chunks_whose_size_is_no_number_are_found() {
+        for size in [
+            "",
+            "g",
+            "-1",
+            "0x4",
+            "ffffffffffffffff",
+            "1ffffffffffffffff",
+            " 4",
+        ] {
+            let bytes = format!("POST / HTTP/1.1\r\ntransfer-encoding: chunked\r\n\r\n{size}\r\n");
+            assert_eq!(found(&bytes).0, Some(Violation::Chunk), "{size:?}");
+        }
+    }
+
+    #[test]
+    fn a_head_is_under_way_from_its_first_byte_to_its_empty_line() {
+        let mut framing = Framing::new();
+        framing.advance(b"\r\n");
+        assert!(!framing.is_in_head());
+        framing.advance(b"G");
+        assert!(framing.is_in_head());
+        framing.advance(b"ET / HTTP/1.1\r\nhost: a\r\n\r");
+        assert!(framing.is_in_head());
+        framing.advance(b"\n");
+        assert!(!framing.is_in_head());
+    }
+
+    #[test]
+    fn a_line_costs_no_more_than_is_looked_at() {
+        let mut framing = Framing::new();
+        framing.advance(b"GET / HTTP/1.1\r\ncookie: ");
+        for _ in 0..1000 {
+            framing.advance(&[b'a'; 1000]);
+        }
+        assert!(framing.line.capacity() <= 4 * LINE_BYTES);
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn nothing_makes_it_panic_and_parts_change_nothing(
+            bytes in proptest::collection::vec(proptest::sample::select(
+                b"GET / HTTP/1.1\r\n:0124abcContent-LengthTransfer-Encodingchunked; \t\0".to_vec()), 0..400),
+            part in 1_usize..20,
+        ) {
+            proptest::prop_assert_eq!(walk(&bytes, part), walk(&bytes, bytes.len().max(1)));
+        }
+    }
+}

@@ -239,3 +239,95 @@ fn is_port(port: &[u8]) -> bool {
                 .ok()
                 .is_some_and(|digits| digits.parse::<u16>().is_ok()))
 }
+
+#[cfg(test)]
+mod tests {
+    use http::Request;
+
+    use super::*;
+
+    #[test]
+    fn a_host_is_a_name_or_an_address_with_an_optional_port() {
+        let good = [
+            "shop",
+            "shop.default.svc.cluster.local",
+            "shop:80",
+            "10.0.0.1:8080",
+            "[::1]",
+            "[fd00::1]:443",
+            "under_score",
+            "shop.",
+            "shop:",
+            "a:65535",
+        ];
+        for host in good {
+            assert!(check_authority(host.as_bytes()), "{host}");
+        }
+        let long = "a".repeat(262);
+        let bad = [
+            "",
+            ":80",
+            "shop:http",
+            "shop:65536",
+            "shop:080000",
+            "user@shop",
+            "shop/",
+            "shop?x",
+            "shop#x",
+            "a b",
+            "shop\\",
+            "a,b",
+            "[::1",
+            "[::1]x",
+            "[shop]",
+            "::1",
+            "shop:80:80",
+            "%73hop",
+            "sh\u{f6}p",
+            "shop\t",
+            &long,
+        ];
+        for host in bad {
+            assert!(!check_authority(host.as_bytes()), "{host:?}");
+        }
+    }
+
+    fn checked(request: http::request::Builder) -> Result<request::Parts, BadRequest> {
+        let (mut head, ()) = request.body(()).unwrap().into_parts();
+        check(&mut head).map(|()| head)
+    }
+
+    #[test]
+    fn http_2_gets_its_authority_into_the_target_and_no_host() {
+        let request = |uri: &str| Request::builder().version(Version::HTTP_2).uri(uri);
+        let head = checked(request("/a?b").header("host", "shop:80")).unwrap();
+        assert_eq!(head.uri, "http://shop:80/a?b");
+        assert!(!head.headers.contains_key(HOST));
+        let head = checked(request("http://Shop/a").header("host", "shop")).unwrap();
+        assert_eq!(head.uri.authority().unwrap(), "Shop");
+        assert_eq!(checked(request("/a")).unwrap_err(), BadRequest::HostMissing);
+        let differs = request("http://shop/a").header("host", "other");
+        assert_eq!(checked(differs).unwrap_err(), BadRequest::HostMismatch);
+        let user = request("http://user@shop/a");
+        assert_eq!(checked(user).unwrap_err(), BadRequest::HostInvalid);
+    }
+
+    #[test]
+    fn http_1_0_needs_no_host_and_1_1_does() {
+        let request = |version| Request::builder().version(version).uri("/");
+        assert!(checked(request(Version::HTTP_10)).is_ok());
+        let missing = checked(request(Version::HTTP_11)).unwrap_err();
+        assert_eq!(missing, BadRequest::HostMissing);
+    }
+
+    #[test]
+    fn every_reason_has_a_word_of_its_own() {
+        let mut words: Vec<_> = BadRequest::ALL.iter().map(|bad| bad.as_str()).collect();
+        words.sort_unstable();
+        words.dedup();
+        assert_eq!(words.len(), BadRequest::ALL.len());
+        for (index, bad) in BadRequest::ALL.iter().enumerate() {
+            assert_eq!(*bad as usize, index);
+        }
+    }
+}

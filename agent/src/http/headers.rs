@@ -218,3 +218,163 @@ fn append_address(headers: &mut HeaderMap, address: IpAddr) {
         headers.insert(X_FORWARDED_FOR, list);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use http::{Request, Response};
+
+    use super::*;
+
+    const CLIENT: ClientView = ClientView {
+        address: IpAddr::V4(std::net::Ipv4Addr::new(10, 0, 0, 1)),
+        side: Side::Source,
+    };
+
+    fn upstream(fields: &[(&str, &str)]) -> HeaderMap {
+        let mut request = Request::builder();
+        for (name, value) in fields {
+            request = request.header(*name, *value);
+        }
+        let (mut head, ()) = request.body(()).unwrap().into_parts();
+        let id = RequestId::of(&head.headers);
+        to_upstream(&mut head, &CLIENT, &id);
+        head.headers
+    }
+
+    fn names(headers: &HeaderMap) -> Vec<&str> {
+        let mut names: Vec<_> = headers.keys().map(HeaderName::as_str).collect();
+        names.sort_unstable();
+        names
+    }
+
+    #[test]
+    fn what_belongs_to_one_hop_does_not_pass() {
+        let headers = upstream(&[
+            ("host", "shop"),
+            ("connection", "close, X-Hop"),
+            ("connection", "keep-alive"),
+            ("x-hop", "1"),
+            ("keep-alive", "timeout=5"),
+            ("proxy-connection", "keep-alive"),
+            ("proxy-authorization", "basic x"),
+            ("transfer-encoding", "chunked"),
+            ("upgrade", "websocket"),
+            ("te", "gzip"),
+            ("x-end", "1"),
+        ]);
+        assert_eq!(
+            names(&headers),
+            [
+                "host",
+                "x-end",
+                "x-forwarded-for",
+                "x-forwarded-proto",
+                "x-request-id"
+            ]
+        );
+    }
+
+    #[test]
+    fn connection_cannot_take_away_what_others_rely_on() {
+        let headers = upstream(&[
+            ("host", "shop"),
+            ("authorization", "bearer x"),
+            ("x-forwarded-for", "1.2.3.4"),
+            (
+                "connection",
+                "host, authorization, x-forwarded-for, x-request-id, content-length",
+            ),
+            ("content-length", "3"),
+        ]);
+        for name in ["host", "authorization", "content-length", "x-request-id"] {
+            assert!(headers.contains_key(name), "{name}");
+        }
+        assert_eq!(headers[X_FORWARDED_FOR], "1.2.3.4, 10.0.0.1");
+    }
+
+    #[test]
+    fn trailers_and_an_upgrade_are_asked_for_anew() {
+        let headers = upstream(&[("te", "gzip, trailers"), ("connection", "te")]);
+        assert_eq!(headers[TE], "trailers");
+        assert_eq!(headers[CONNECTION], "te");
+        let headers = upstream(&[
+            ("upgrade", "websocket"),
+            ("connection", "keep-alive, Upgrade"),
+        ]);
+        assert_eq!(headers[UPGRADE], "websocket");
+        assert_eq!(headers[CONNECTION], "upgrade");
+    }
+
+    #[test]
+    fn trace_headers_pass_as_they_are() {
+        let trace = [
+            (
+                "traceparent",
+                "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01",
+            ),
+            ("tracestate", "a=b"),
+            ("b3", "1-2"),
+            ("x-b3-traceid", "1"),
+        ];
+        let headers = upstream(&trace);
+        for (name, value) in trace {
+            assert_eq!(headers[name], value);
+        }
+    }
+
+    #[test]
+    fn a_request_id_is_kept_if_it_is_one_and_made_otherwise() {
+        assert_eq!(
+            upstream(&[("x-request-id", "abc-1")])[X_REQUEST_ID],
+            "abc-1"
+        );
+        let long = "a".repeat(129);
+        for bad in [&["a b"][..], &["", "x"], &[&long], &["one", "two"]] {
+            let fields: Vec<_> = bad.iter().map(|id| ("x-request-id", *id)).collect();
+            let headers = upstream(&fields);
+            assert_eq!(headers.get_all(X_REQUEST_ID).iter().count(), 1);
+            let id = headers[X_REQUEST_ID].to_str().unwrap();
+            assert_eq!(id.len(), 36, "{id}");
+            assert_eq!(id.as_bytes()[14], b'4');
+        }
+        assert_ne!(RequestId::random(), RequestId::random());
+    }
+
+    #[test]
+    fn the_destinations_agent_adds_no_address_a_second_time() {
+        let (mut head, ()) = Request::builder()
+            .header("x-forwarded-for", "10.0.0.1")
+            .body(())
+            .unwrap()
+            .into_parts();
+        let client = ClientView {
+            side: Side::Destination,
+            ..CLIENT
+        };
+        let id = RequestId::of(&head.headers);
+        to_upstream(&mut head, &client, &id);
+        assert_eq!(head.headers[X_FORWARDED_FOR], "10.0.0.1");
+        assert!(!head.headers.contains_key(X_FORWARDED_PROTO));
+    }
+
+    #[test]
+    fn an_answer_keeps_its_upgrade_only_if_it_switches() {
+        let answer = |status| {
+            let (mut head, ()) = Response::builder()
+                .status(status)
+                .header("connection", "upgrade, x-hop")
+                .header("upgrade", "websocket")
+                .header("x-hop", "1")
+                .header("keep-alive", "5")
+                .header("x-end", "1")
+                .body(())
+                .unwrap()
+                .into_parts();
+            to_downstream(&mut head);
+            head.headers
+        };
+        assert_eq!(names(&answer(101)), ["connection", "upgrade", "x-end"]);
+        assert_eq!(answer(101)[CONNECTION], "upgrade");
+        assert_eq!(names(&answer(426)), ["x-end"]);
+    }
+}

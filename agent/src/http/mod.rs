@@ -40,3 +40,6 @@ pub use pool::{
 pub use replay::{Replay, ReplayBody};
 pub use respond::{REASON, is_grpc, own_response};
 pub use server::{ResetNow, Served, ServedEnd, ServerContext, ServerLimits, Wire, serve_http};
+
+#[cfg(test)]
+mod tests;

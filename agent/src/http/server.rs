@@ -17,7 +17,7 @@ use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use serde::Serialize;
 use thiserror::Error;
-use tokio::time::{Instant, Sleep, sleep_until};
+use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 
 use super::body::{BodyError, ProxyBody};
@@ -122,7 +122,7 @@ pub async fn serve_http<S, F>(
     stop: &CancellationToken,
 ) -> Served
 where
-    S: Fn(Request<Incoming>) -> F + Clone + Send + 'static,
+    S: Fn(Request<Incoming>) -> F + Send + 'static,
     F: Future<Output = Result<Response<ProxyBody>, ResetNow>> + Send + 'static,
 {
     let shared = Shared::new(context.bytes);
@@ -133,7 +133,7 @@ where
         requests: context.limits.requests,
         service,
     };
-    let watched = Watched::new(io, shared.clone(), wire == Wire::Http1);
+    let watched = Watched::new(io, shared.clone(), wire);
     let care = Care {
         shared: &shared,
         limits: context.limits,
@@ -180,7 +180,7 @@ where
         &self,
         request: Request<Incoming>,
     ) -> impl Future<Output = Result<Response<Answer>, ResetNow>> + use<S, F> {
-        let active = self.shared.begin();
+        let mut active = self.shared.begin();
         let number = self.shared.requests.load(Ordering::Relaxed);
         let (mut head, body) = request.into_parts();
         let violation = self
@@ -225,6 +225,7 @@ where
                 let close = HeaderValue::from_static("close");
                 answer.headers_mut().insert(CONNECTION, close);
             }
+            active.answered();
             Ok(answer.map(|body| Answer {
                 body,
                 _active: active,
@@ -274,6 +275,8 @@ enum Interruption {
     Stopped,
     DrainOver,
     SlowHead,
+    /// Most of its requests were reset by the client before they were answered.
+    Resets,
 }
 
 /// Why a connection takes no further requests.
@@ -295,11 +298,9 @@ impl Care<'_> {
             .max_header_size(self.limits.header_bytes)
             .max_buf_size(self.limits.header_bytes.max(MIN_BUFFER))
             .auto_date_header(false)
-            .pipeline_flush(true)
             .serve_connection(TokioIo::new(watched), service);
-        let closing = std::cell::Cell::new(None);
-        let ended = self
-            .attend(&closing, |cx, close| {
+        let (ended, closing) = self
+            .attend(|cx, close| {
                 if close {
                     Pin::new(&mut connection).graceful_shutdown();
                 }
@@ -314,7 +315,7 @@ impl Care<'_> {
                 let switched = self.shared.switched.lock().take();
                 let Some(upstream) = switched else {
                     io.close().await;
-                    return self.ended(closing.get());
+                    return self.ended(closing);
                 };
                 self.counters.upgrade();
                 let counts = Counts::from(&*self.shared.bytes);
@@ -336,7 +337,7 @@ impl Care<'_> {
 
     async fn serve_http2<S, F>(self, watched: Watched, desk: Desk<S>) -> ServedEnd
     where
-        S: Fn(Request<Incoming>) -> F + Clone + Send + 'static,
+        S: Fn(Request<Incoming>) -> F + Send + 'static,
         F: Future<Output = Result<Response<ProxyBody>, ResetNow>> + Send + 'static,
     {
         let headers = u32::try_from(self.limits.header_bytes).unwrap_or(u32::MAX);
@@ -354,9 +355,8 @@ impl Care<'_> {
                     service_fn(move |request| desk.take(request)),
                 )
         );
-        let closing = std::cell::Cell::new(None);
-        let ended = self
-            .attend(&closing, |cx, close| {
+        let (ended, closing) = self
+            .attend(|cx, close| {
                 if close {
                     connection.as_mut().graceful_shutdown();
                 }
@@ -365,11 +365,13 @@ impl Care<'_> {
             .await;
         match ended {
             Err(interruption) => self.interrupted(interruption),
-            Ok(Ok(())) => self.ended(closing.get()),
+            Ok(Ok(())) => self.ended(closing),
             Ok(Err(error)) => {
-                if let Some(flood) = source::<h2::Error>(&error).and_then(Flood::of) {
-                    self.counters.flood(flood);
-                    tracing::info!(kind = flood.as_str(), "flood: connection ended");
+                let calmed = source::<h2::Error>(&error).is_some_and(|error| {
+                    error.reason() == Some(h2::Reason::ENHANCE_YOUR_CALM) && !error.is_remote()
+                });
+                if calmed {
+                    self.flooded(Flood::of(self.shared.last_frame()));
                 }
                 tracing::debug!(%error, "HTTP/2 connection broke");
                 broken(&error)
@@ -380,9 +382,9 @@ impl Care<'_> {
     /// Polls a connection to its end, and sees to its timeouts.
     async fn attend<E>(
         &self,
-        closing: &std::cell::Cell<Option<Closing>>,
         mut connection: impl FnMut(&mut Context<'_>, bool) -> Poll<Result<(), E>>,
-    ) -> Result<Result<(), E>, Interruption> {
+    ) -> (Result<Result<(), E>, Interruption>, Option<Closing>) {
+        let mut closing = None;
         let mut stopped = pin!(self.stop.cancelled());
         let mut draining = pin!(self.drain.cancelled());
         let mut alarm = pin!(sleep_until(
@@ -390,14 +392,14 @@ impl Care<'_> {
         ));
         let mut head: Option<Head> = None;
         let mut drain_ends: Option<Instant> = None;
-        poll_fn(|cx| {
+        let ended = poll_fn(|cx| {
             if stopped.as_mut().poll(cx).is_ready() {
                 return Poll::Ready(Err(Interruption::Stopped));
             }
             let mut close = false;
             if drain_ends.is_none() && draining.as_mut().poll(cx).is_ready() {
                 drain_ends = Some(Instant::now() + self.limits.drain);
-                close = closing.replace(Some(Closing::Draining)).is_none();
+                close = closing.replace(Closing::Draining).is_none();
             }
             loop {
                 if let Poll::Ready(ended) = connection(cx, close) {
@@ -409,21 +411,22 @@ impl Care<'_> {
                     Err(interruption) => return Poll::Ready(Err(interruption)),
                     Ok(next) => next,
                 };
-                if next <= now && closing.get().is_none() {
-                    closing.set(Some(Closing::Idle));
+                if next <= now && closing.is_none() {
+                    closing = Some(Closing::Idle);
                     close = true;
                     continue;
                 }
                 // A later moment is looked at when the earlier one has come.
                 if alarm.deadline() > next || alarm.is_elapsed() {
-                    rearm(alarm.as_mut(), next.max(now + TICK));
+                    alarm.as_mut().reset(next.max(now + TICK));
                 }
                 if alarm.as_mut().poll(cx).is_pending() {
                     return Poll::Pending;
                 }
             }
         })
-        .await
+        .await;
+        (ended, closing)
     }
 
     /// When it has to be looked after again.
@@ -438,6 +441,9 @@ impl Care<'_> {
         }
         let (active, since) = {
             let usage = self.shared.usage.lock();
+            if usage.abandoned >= ABANDONED_MIN && usage.abandoned * 2 > self.shared.requests() {
+                return Err(Interruption::Resets);
+            }
             (usage.active > 0, usage.since)
         };
         let idle_ends = if active { now } else { since } + self.limits.idle;
@@ -468,7 +474,16 @@ impl Care<'_> {
                 self.counters.slow_head();
                 ServedEnd::SlowHead
             }
+            Interruption::Resets => {
+                self.flooded(Flood::Resets);
+                ServedEnd::Downstream
+            }
         }
+    }
+
+    fn flooded(&self, flood: Flood) {
+        self.counters.flood(flood);
+        tracing::info!(kind = flood.as_str(), "flood: connection ended");
     }
 
     fn ended(&self, closing: Option<Closing>) -> ServedEnd {
@@ -498,6 +513,11 @@ impl Care<'_> {
     }
 }
 
+/// A connection of HTTP/2 that resets most of its requests before they are answered, and at least so
+/// many, floods (CVE-2023-44487): h2 itself counts only those that it had not handed over yet. Envoy
+/// draws the line at half of 500.
+const ABANDONED_MIN: u64 = 500;
+
 /// Smallest buffer that hyper takes, in bytes.
 const MIN_BUFFER: usize = 8 * 1024;
 
@@ -509,10 +529,6 @@ const TICK: Duration = Duration::from_millis(10);
 struct Head {
     request: u64,
     since: Instant,
-}
-
-fn rearm(alarm: Pin<&mut Sleep>, at: Instant) {
-    alarm.reset(at);
 }
 
 /// Whose fault it is that a connection broke.
@@ -539,7 +555,6 @@ fn source<'a, E: std::error::Error + 'static>(
     None
 }
 
-/// For [`ServedEnd::Switched`] and others: how telemetry names it.
 impl From<ServedEnd> for crate::telemetry::End {
     fn from(end: ServedEnd) -> Self {
         match end {

@@ -6,8 +6,9 @@
 mod authorize;
 mod claims;
 mod config;
+mod duration;
 mod node;
-mod policy;
+pub mod policy;
 pub mod route;
 mod service;
 mod snapshot;
@@ -17,10 +18,10 @@ mod workload;
 
 pub use authorize::{Denied, authorize};
 pub use config::{MeshConfig, Mode, ModeError};
+pub use duration::parse_duration;
 pub use node::Node;
 pub use policy::{
-    ConnectionLimits, FallbackBackend, HashKey, HeaderMatch, Locality, Nearness, RouteId,
-    RouteKind, StreamTimeouts, TrafficPolicy,
+    ConnectionLimits, FallbackBackend, HashKey, Locality, Nearness, StreamTimeouts, TrafficPolicy,
 };
 pub use service::{Endpoint, Service, ServicePort};
 pub use snapshot::{Destination, SharedSnapshot, Snapshot};

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use arc_swap::ArcSwap;
 
 use super::claims::ClaimMap;
-use super::policy::TrafficPolicy;
+use super::policy::{Layer, Policies, PolicyId, PolicyStatus, ServiceLayers, TrafficPolicy};
 use super::route::{
     Attached, RouteId, RouteStatus, RouteTable, Routes, ServiceRoutes, StreamRoutes,
 };
@@ -30,8 +30,8 @@ pub struct Snapshot {
     /// Which services a pod is an endpoint of: those whose targets change with its membership.
     by_endpoint: imbl::HashMap<WorkloadUid, imbl::OrdSet<ObjectName>>,
     targets: Targets,
-    default_policy: Arc<TrafficPolicy>,
     routes: Routes,
+    policies: Policies,
 }
 
 /// What an original destination address means.
@@ -305,6 +305,12 @@ impl Snapshot {
         }
     }
 
+    /// Status of a route.
+    #[must_use]
+    pub fn route_status(&self, route: &RouteId) -> Option<&Arc<RouteStatus>> {
+        self.routes.status(route)
+    }
+
     /// Statuses of all routes, by kind and name.
     pub fn route_statuses(&self) -> impl Iterator<Item = &Arc<RouteStatus>> {
         self.routes.statuses()
@@ -335,17 +341,12 @@ impl Snapshot {
         }
     }
 
-    /// What traffic gets that no policy attaches to.
+    /// What traffic to this port of a Service gets, whatever the route. The very same as long as
+    /// nothing about it changes, also in later snapshots, so that pointers can be compared.
     #[must_use]
-    pub fn default_policy(&self) -> &Arc<TrafficPolicy> {
-        &self.default_policy
-    }
-
-    /// What traffic to a Service's port of this name (empty if it has none) gets, whatever the
-    /// route. The same as long as nothing about it changes, so that pointers can be compared.
-    #[must_use]
-    pub fn policy_of_service(&self, _service: &ObjectName, _port_name: &str) -> Arc<TrafficPolicy> {
-        self.default_policy.clone()
+    pub fn policy_of_service(&self, service: &ObjectName, port: u16) -> Arc<TrafficPolicy> {
+        self.policies
+            .of_service(service, self.port_name(service, port), port)
     }
 
     /// The same on a route: what the route's policy says, and the Service's where it says nothing.
@@ -353,14 +354,53 @@ impl Snapshot {
     pub fn policy_of(
         &self,
         service: &ObjectName,
-        port_name: &str,
-        _route: Option<&RouteId>,
+        port: u16,
+        route: Option<&RouteId>,
     ) -> Arc<TrafficPolicy> {
-        self.policy_of_service(service, port_name)
+        let port_name = self.port_name(service, port);
+        match route {
+            Some(route) => self.policies.on_route(service, port_name, port, route),
+            None => self.policies.of_service(service, port_name, port),
+        }
+    }
+
+    fn port_name(&self, service: &ObjectName, port: u16) -> &str {
+        self.services
+            .get(service)
+            .and_then(|service| service.port(port))
+            .map_or("", |port| &port.name)
+    }
+
+    /// Puts the policies of a Service in force in place of those that were; none takes them away.
+    /// Its ports are captured then, even if no endpoint is meshed.
+    pub fn set_service_policies(&mut self, service: &ObjectName, layers: Option<ServiceLayers>) {
+        let affected = self.services.get(service).cloned();
+        if let Some(service) = &affected {
+            self.release_targets(service);
+        }
+        self.policies.set_service(service, layers);
+        if let Some(service) = &affected {
+            self.claim_targets(service);
+        }
+    }
+
+    /// Puts a route's policy in force in place of the one that was; none takes it away.
+    pub fn set_route_policy(&mut self, route: &RouteId, layer: Option<Layer>) {
+        self.policies.set_route(route, layer);
+    }
+
+    /// Statuses of all policies, by kind and name.
+    pub fn policy_statuses(&self) -> impl Iterator<Item = &Arc<PolicyStatus>> {
+        self.policies.statuses()
+    }
+
+    /// Replaces the status of a policy; none takes it away.
+    pub fn set_policy_status(&mut self, policy: &PolicyId, status: Option<Arc<PolicyStatus>>) {
+        self.policies.set_status(policy, status);
     }
 
     /// Every destination that is captured: meshed pods on all ports, and Services' ports with at
-    /// least one meshed endpoint or a route.
+    /// least one meshed endpoint, a route or a policy.
     #[must_use]
     pub fn capture_targets(&self) -> BTreeSet<CaptureTarget> {
         self.targets.to_set()
@@ -394,7 +434,9 @@ impl Snapshot {
     fn targets_of(&self, service: &Service) -> Vec<CaptureTarget> {
         let routes = self.routes.of(&service.name);
         let wanted = |port: &&ServicePort| {
-            routes.is_some_and(|routes| routes.has_port(port.port))
+            self.policies
+                .attach_to(&service.name, &port.name, port.port)
+                || routes.is_some_and(|routes| routes.has_port(port.port))
                 || port.endpoints.iter().any(|one| self.is_meshed(one))
         };
         service

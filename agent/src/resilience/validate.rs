@@ -38,6 +38,12 @@ pub trait Validate {
 pub struct Faults(Vec<Invalid>);
 
 impl Faults {
+    /// What was found, in the order of finding it.
+    #[must_use]
+    pub fn into_vec(self) -> Vec<Invalid> {
+        self.0
+    }
+
     /// Notes a fault unless `fine`.
     pub fn require(&mut self, fine: bool, at: &str, field: &str, reason: impl fmt::Display) {
         if !fine {

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use super::super::object::{Fault, Object};
 use super::super::translate::{
-    NamespaceFacts, PodFacts, ServiceFacts, SliceFacts, check_name, node,
+    GrantFacts, NamespaceFacts, PodFacts, RouteFacts, ServiceFacts, SliceFacts, check_name, node,
 };
 use super::claims::Claim;
 use crate::mesh::{MeshConfig, Node};
@@ -18,6 +18,8 @@ pub(super) enum Facts {
     Pod(Box<PodFacts>),
     Slice(SliceFacts),
     Service(Box<ServiceFacts>),
+    Route(Box<RouteFacts>),
+    Grant(GrantFacts),
     /// An object that is in order, but of no concern to a mesh.
     Nothing,
 }
@@ -43,6 +45,11 @@ impl Facts {
             }
             Object::Service(service) => ServiceFacts::of(service)?
                 .map_or(Self::Nothing, |facts| Self::Service(facts.into())),
+            Object::GrpcRoute(route) => Self::Route(RouteFacts::of_grpc(route)?.into()),
+            Object::HttpRoute(route) => Self::Route(RouteFacts::of_http(route)?.into()),
+            Object::TlsRoute(route) => Self::Route(RouteFacts::of_tls(route)?.into()),
+            Object::TcpRoute(route) => Self::Route(RouteFacts::of_tcp(route)?.into()),
+            Object::ReferenceGrant(grant) => Self::Grant(GrantFacts::of(grant)?),
         })
     }
 
@@ -70,7 +77,12 @@ impl Facts {
                         .map(|port| (Claim::Vip(*vip, port.port), field.clone()))
                 })
                 .collect(),
-            Self::Namespace(_) | Self::Node(_) | Self::Slice(_) | Self::Nothing => Vec::new(),
+            Self::Namespace(_)
+            | Self::Node(_)
+            | Self::Slice(_)
+            | Self::Route(_)
+            | Self::Grant(_)
+            | Self::Nothing => Vec::new(),
         }
     }
 
@@ -112,6 +124,20 @@ impl Facts {
     pub(super) fn service(&self) -> Option<&ServiceFacts> {
         match self {
             Self::Service(facts) => Some(facts),
+            _ => None,
+        }
+    }
+
+    pub(super) fn route(&self) -> Option<&RouteFacts> {
+        match self {
+            Self::Route(facts) => Some(facts),
+            _ => None,
+        }
+    }
+
+    pub(super) fn grant(&self) -> Option<&GrantFacts> {
+        match self {
+            Self::Grant(facts) => Some(facts),
             _ => None,
         }
     }

@@ -6,8 +6,10 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use super::super::object::ObjectKey;
+use super::super::translate::{Referent, RouteFacts};
 use super::facts::Facts;
 use crate::mesh::ObjectName;
+use crate::mesh::route::RouteId;
 
 /// A label of a namespace's pods: namespace, name, value.
 type Label = (Arc<str>, String, String);
@@ -22,6 +24,12 @@ pub(super) struct Index {
     services_by_label: HashMap<Label, BTreeSet<ObjectName>>,
     slices_by_service: HashMap<ObjectName, BTreeSet<ObjectName>>,
     slices_by_address: HashMap<IpAddr, BTreeSet<ObjectName>>,
+    routes_by_parent: HashMap<ObjectName, BTreeSet<RouteId>>,
+    /// By Services that they send to.
+    routes_by_backend: HashMap<ObjectName, BTreeSet<RouteId>>,
+    /// By other namespaces that they send to.
+    routes_by_foreign: HashMap<Arc<str>, BTreeSet<RouteId>>,
+    grants_by_namespace: HashMap<Arc<str>, BTreeSet<ObjectName>>,
 }
 
 impl Index {
@@ -51,6 +59,26 @@ impl Index {
                     put(&mut self.services_by_label, label, &key.name);
                 }
             }
+            Facts::Route(route) => {
+                for parent in &route.parents {
+                    put(
+                        &mut self.routes_by_parent,
+                        parent.service.clone(),
+                        &route.id,
+                    );
+                }
+                for backend in backends(route) {
+                    put(&mut self.routes_by_backend, backend.clone(), &route.id);
+                    if backend.namespace != route.id.name.namespace {
+                        let namespace = backend.namespace.clone();
+                        put(&mut self.routes_by_foreign, namespace, &route.id);
+                    }
+                }
+            }
+            Facts::Grant(_) => {
+                let namespace = key.name.namespace.clone();
+                put(&mut self.grants_by_namespace, namespace, &key.name);
+            }
         }
     }
 
@@ -76,6 +104,19 @@ impl Index {
                     drop_from(&mut self.services_by_label, &label, &key.name);
                 }
             }
+            Facts::Route(route) => {
+                for parent in &route.parents {
+                    drop_from(&mut self.routes_by_parent, &parent.service, &route.id);
+                }
+                for backend in backends(route) {
+                    drop_from(&mut self.routes_by_backend, backend, &route.id);
+                    drop_from(&mut self.routes_by_foreign, &backend.namespace, &route.id);
+                }
+            }
+            Facts::Grant(_) => {
+                let namespace = &key.name.namespace;
+                drop_from(&mut self.grants_by_namespace, namespace, &key.name);
+            }
         }
     }
 
@@ -98,6 +139,27 @@ impl Index {
 
     pub(super) fn slices_with(&self, address: IpAddr) -> impl Iterator<Item = &ObjectName> {
         self.slices_by_address.get(&address).into_iter().flatten()
+    }
+
+    pub(super) fn routes_of(&self, service: &ObjectName) -> impl Iterator<Item = &RouteId> {
+        self.routes_by_parent.get(service).into_iter().flatten()
+    }
+
+    /// Routes that send to this Service.
+    pub(super) fn routes_to(&self, service: &ObjectName) -> impl Iterator<Item = &RouteId> {
+        self.routes_by_backend.get(service).into_iter().flatten()
+    }
+
+    /// Routes of other namespaces that send to this one.
+    pub(super) fn routes_into(&self, namespace: &str) -> impl Iterator<Item = &RouteId> {
+        self.routes_by_foreign.get(namespace).into_iter().flatten()
+    }
+
+    pub(super) fn grants_of(&self, namespace: &str) -> impl Iterator<Item = &ObjectName> {
+        self.grants_by_namespace
+            .get(namespace)
+            .into_iter()
+            .flatten()
     }
 
     /// Services that may select a pod with these labels.
@@ -139,14 +201,24 @@ fn labels<'a>(
         .map(move |(name, value)| (namespace.clone(), name.clone(), value.clone()))
 }
 
-fn put<K: Eq + Hash>(map: &mut HashMap<K, BTreeSet<ObjectName>>, key: K, name: &ObjectName) {
-    map.entry(key).or_default().insert(name.clone());
+/// Services that a route sends to.
+fn backends(route: &RouteFacts) -> impl Iterator<Item = &ObjectName> {
+    route
+        .references()
+        .filter_map(|reference| match &reference.referent {
+            Referent::Service { name, .. } => Some(name),
+            Referent::Other(_) => None,
+        })
 }
 
-fn drop_from<K: Eq + Hash>(map: &mut HashMap<K, BTreeSet<ObjectName>>, key: &K, name: &ObjectName) {
-    if let Some(names) = map.get_mut(key) {
-        names.remove(name);
-        if names.is_empty() {
+fn put<K: Eq + Hash, V: Ord + Clone>(map: &mut HashMap<K, BTreeSet<V>>, key: K, value: &V) {
+    map.entry(key).or_default().insert(value.clone());
+}
+
+fn drop_from<K: Eq + Hash, V: Ord>(map: &mut HashMap<K, BTreeSet<V>>, key: &K, value: &V) {
+    if let Some(values) = map.get_mut(key) {
+        values.remove(value);
+        if values.is_empty() {
             map.remove(key);
         }
     }

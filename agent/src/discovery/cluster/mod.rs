@@ -4,18 +4,24 @@
 //! one change. An object that is refused leaves its former state in force, if it had one.
 
 mod claims;
+mod dirty;
 mod facts;
 mod index;
+mod routes;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 
 use self::claims::{Claim, Claims};
+use self::dirty::Dirty;
 use self::facts::Facts;
 use self::index::Index;
+use self::routes::CompiledRoutes;
 use super::object::{Kind, Object, ObjectKey, Rejection};
-use super::translate::{PodContext, PodFacts, PodState, ServiceFacts, SliceFacts};
-use super::translate::{derive_endpoints, slice_endpoints};
+use super::translate::{
+    ParentFacts, PodContext, PodFacts, PodState, ServiceFacts, SliceFacts, derive_endpoints,
+    route_parents, slice_endpoints,
+};
 use crate::mesh::{
     Endpoint, MeshConfig, ObjectName, Service, ServicePort, Snapshot, Workload, WorkloadUid,
 };
@@ -48,6 +54,7 @@ pub struct Cluster {
     index: Index,
     /// Under which UID each pod is in the snapshot.
     uids: HashMap<ObjectName, WorkloadUid>,
+    routes: CompiledRoutes,
     snapshot: Snapshot,
 }
 
@@ -57,16 +64,10 @@ struct Refused {
     rejection: Rejection,
     /// It is taken when this claim becomes free.
     waits: Option<(Claim, Arc<Facts>)>,
-}
-
-/// What has to be worked out anew.
-#[derive(Debug, Default)]
-struct Dirty {
-    config: bool,
-    namespaces: BTreeSet<Arc<str>>,
-    nodes: BTreeSet<Arc<str>>,
-    pods: BTreeSet<ObjectName>,
-    services: BTreeSet<ObjectName>,
+    /// `metadata.generation` of that version.
+    generation: Option<i64>,
+    /// What a route would be attached to, for its status.
+    parents: Vec<ParentFacts>,
 }
 
 type Step = (ObjectKey, Option<Arc<Facts>>);
@@ -82,6 +83,7 @@ impl Cluster {
             refused: BTreeMap::new(),
             index: Index::default(),
             uids: HashMap::new(),
+            routes: CompiledRoutes::new(),
             snapshot: Snapshot::default(),
         }
     }
@@ -127,6 +129,7 @@ impl Cluster {
     pub fn apply(&mut self, changes: impl IntoIterator<Item = Change>) -> Outcome {
         let mut steps: Vec<Step> = Vec::new();
         let mut places: HashMap<ObjectKey, usize> = HashMap::new();
+        let mut dirty = Dirty::default();
         for change in changes {
             let (key, facts) = match change {
                 Change::Put(object) => {
@@ -134,13 +137,20 @@ impl Cluster {
                     match Facts::of(&object) {
                         Ok(facts) => (key, Some(Arc::new(facts))),
                         Err(fault) => {
-                            self.refuse(fault.of(&key), None);
+                            dirty.statuses.extend(key.route());
+                            self.refuse(Refused {
+                                rejection: fault.of(&key),
+                                waits: None,
+                                generation: object.metadata().generation,
+                                parents: route_parents(&object),
+                            });
                             continue;
                         }
                     }
                 }
                 Change::Delete(key) => (key, None),
             };
+            dirty.statuses.extend(key.route());
             self.forgive(&key);
             if let Some(&place) = places.get(&key) {
                 steps[place].1 = facts;
@@ -149,7 +159,6 @@ impl Cluster {
             places.insert(key.clone(), steps.len());
             steps.push((key, facts));
         }
-        let mut dirty = Dirty::default();
         while !steps.is_empty() {
             steps = self.settle(steps, &mut dirty);
         }
@@ -188,7 +197,12 @@ impl Cluster {
                     }
                 }
                 Err((rejection, claim)) => {
-                    self.refuse(rejection, Some((claim, new)));
+                    self.refuse(Refused {
+                        rejection,
+                        waits: Some((claim, new)),
+                        generation: None,
+                        parents: Vec::new(),
+                    });
                     to_restore.extend(old.map(|old| (key, old)));
                 }
             }
@@ -241,13 +255,13 @@ impl Cluster {
         }
     }
 
-    fn refuse(&mut self, rejection: Rejection, waits: Option<(Claim, Arc<Facts>)>) {
-        let key = rejection.object.clone();
+    fn refuse(&mut self, refused: Refused) {
+        let key = refused.rejection.object.clone();
         self.forgive(&key);
-        if let Some((claim, _)) = &waits {
+        if let Some((claim, _)) = &refused.waits {
             self.claims.wait(claim.clone(), key.clone());
         }
-        self.refused.insert(key, Refused { rejection, waits });
+        self.refused.insert(key, refused);
     }
 
     fn forgive(&mut self, key: &ObjectKey) {
@@ -292,10 +306,13 @@ impl Cluster {
         if self.refresh_pods(&dirty.pods, &mut dirty.services) == Outcome::Changed {
             outcome = Outcome::Changed;
         }
-        for name in &dirty.services {
-            if self.refresh_service(name) == Outcome::Changed {
+        for name in std::mem::take(&mut dirty.services) {
+            if self.refresh_service(&name, &mut dirty) == Outcome::Changed {
                 outcome = Outcome::Changed;
             }
+        }
+        if self.refresh_routes(dirty) == Outcome::Changed {
+            outcome = Outcome::Changed;
         }
         outcome
     }
@@ -380,11 +397,15 @@ impl Cluster {
         by_slice.chain(by_selector).collect()
     }
 
-    fn refresh_service(&mut self, name: &ObjectName) -> Outcome {
+    fn refresh_service(&mut self, name: &ObjectName, dirty: &mut Dirty) -> Outcome {
         let now = self.service(name).map(|facts| self.assemble(facts));
         let old = self.snapshot.service(name);
         if old.map(|old| &**old) == now.as_ref() {
             return Outcome::Unchanged;
+        }
+        if !same_frontend(old.map(|old| &**old), now.as_ref()) {
+            dirty.routes.extend(self.index.routes_to(name).cloned());
+            dirty.attached.insert(name.clone());
         }
         match now {
             Some(service) => self.snapshot.insert_service(Arc::new(service)),
@@ -464,28 +485,16 @@ fn same_endpoints(old: Option<&Workload>, new: Option<&Workload>) -> bool {
         && old.labels == new.labels
 }
 
-impl Dirty {
-    fn mark(&mut self, key: &ObjectKey, facts: &Facts) {
-        match key.kind {
-            Kind::MeshConfig => self.config = true,
-            Kind::Namespace => {
-                self.namespaces.insert(key.name.name.clone());
-            }
-            Kind::Node => {
-                self.nodes.insert(key.name.name.clone());
-            }
-            Kind::Pod => {
-                self.pods.insert(key.name.clone());
-            }
-            Kind::Service => {
-                self.services.insert(key.name.clone());
-            }
-            Kind::EndpointSlice => {
-                self.services
-                    .extend(facts.slice().map(|slice| slice.service.clone()));
-            }
-        }
-    }
+/// Whether two states of a Service are the same to routes, which do not ask for endpoints.
+fn same_frontend(old: Option<&Service>, new: Option<&Service>) -> bool {
+    let (Some(old), Some(new)) = (old, new) else {
+        return false;
+    };
+    let ports = |service: &Service| -> Vec<(Arc<str>, u16)> {
+        let ports = service.ports.iter();
+        ports.map(|port| (port.name.clone(), port.port)).collect()
+    };
+    old.vips.is_empty() == new.vips.is_empty() && ports(old) == ports(new)
 }
 
 #[cfg(test)]

@@ -1,11 +1,12 @@
 //! From the text of a file to its objects.
 
+use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 use super::tree::Tree;
 use crate::discovery::object::{Kind, Object, ObjectKey};
-use crate::discovery::translate::MESH_CONFIG_API_VERSION;
+use crate::discovery::translate::{GATEWAY_GROUP, MESH_CONFIG_API_VERSION};
 
 /// Group of Undermesh's own kinds.
 const OWN_GROUP: &str = "undermesh.io";
@@ -126,6 +127,7 @@ fn read(tree: Tree, depth: Depth, documents: &mut Vec<Document>) {
     match known(version, kind) {
         Known::Read(kind) => documents.push(object(kind, tree)),
         Known::OtherVersion(expected) => {
+            let expected = expected.join(" or ");
             let reason = format!("{kind} is read as {expected}, not as {version}");
             documents.push(bad("apiVersion", reason));
         }
@@ -149,29 +151,45 @@ fn bad_field(key: Option<ObjectKey>, line: u64, field: &str, reason: String) -> 
 
 enum Known {
     Read(Kind),
-    OtherVersion(&'static str),
+    OtherVersion(&'static [&'static str]),
     OwnUnknown,
     Foreign,
 }
 
 fn known(version: &str, kind: &str) -> Known {
     let group = version.split_once('/').map_or("", |(group, _)| group);
-    let (expected, kind) = match (group, kind) {
-        ("", "Namespace") => ("v1", Kind::Namespace),
-        ("", "Node") => ("v1", Kind::Node),
-        ("", "Pod") => ("v1", Kind::Pod),
-        ("", "Service") => ("v1", Kind::Service),
-        ("discovery.k8s.io", "EndpointSlice") => ("discovery.k8s.io/v1", Kind::EndpointSlice),
-        (OWN_GROUP, "MeshConfig") => (MESH_CONFIG_API_VERSION, Kind::MeshConfig),
+    let (expected, kind): (&'static [&'static str], Kind) = match (group, kind) {
+        ("", "Namespace") => (&["v1"], Kind::Namespace),
+        ("", "Node") => (&["v1"], Kind::Node),
+        ("", "Pod") => (&["v1"], Kind::Pod),
+        ("", "Service") => (&["v1"], Kind::Service),
+        ("discovery.k8s.io", "EndpointSlice") => (&["discovery.k8s.io/v1"], Kind::EndpointSlice),
+        (GATEWAY_GROUP, "GRPCRoute") => (&["gateway.networking.k8s.io/v1"], Kind::GrpcRoute),
+        (GATEWAY_GROUP, "HTTPRoute") => (GATEWAY_V1_AND_BETA, Kind::HttpRoute),
+        (GATEWAY_GROUP, "TLSRoute") => (GATEWAY_V1_AND_ALPHA, Kind::TlsRoute),
+        (GATEWAY_GROUP, "TCPRoute") => (GATEWAY_V1_AND_ALPHA, Kind::TcpRoute),
+        (GATEWAY_GROUP, "ReferenceGrant") => (GATEWAY_V1_AND_BETA, Kind::ReferenceGrant),
+        (OWN_GROUP, "MeshConfig") => (&[MESH_CONFIG_API_VERSION], Kind::MeshConfig),
         (OWN_GROUP, _) => return Known::OwnUnknown,
         _ => return Known::Foreign,
     };
-    if version == expected {
+    if expected.contains(&version) {
         Known::Read(kind)
     } else {
         Known::OtherVersion(expected)
     }
 }
+
+/// Versions that differ in nothing that is read here.
+const GATEWAY_V1_AND_BETA: &[&str] = &[
+    "gateway.networking.k8s.io/v1",
+    "gateway.networking.k8s.io/v1beta1",
+];
+const GATEWAY_V1_AND_ALPHA: &[&str] = &[
+    "gateway.networking.k8s.io/v1",
+    "gateway.networking.k8s.io/v1alpha3",
+    "gateway.networking.k8s.io/v1alpha2",
+];
 
 fn object(kind: Kind, tree: Tree) -> Document {
     let metadata = |field: &str| {
@@ -196,6 +214,11 @@ fn object(kind: Kind, tree: Tree) -> Document {
         Kind::Pod => typed(json).map(Object::Pod),
         Kind::EndpointSlice => typed(json).map(Object::EndpointSlice),
         Kind::Service => typed(json).map(Object::Service),
+        Kind::GrpcRoute => strictly_typed(json).map(Object::GrpcRoute),
+        Kind::HttpRoute => strictly_typed(json).map(Object::HttpRoute),
+        Kind::TlsRoute => strictly_typed(json).map(Object::TlsRoute),
+        Kind::TcpRoute => strictly_typed(json).map(Object::TcpRoute),
+        Kind::ReferenceGrant => strictly_typed(json).map(Object::ReferenceGrant),
     };
     match read {
         Ok(object) => Document::Object(Box::new(object), tree),
@@ -222,6 +245,41 @@ fn typed<T: DeserializeOwned>(json: Value) -> Result<T, (String, String)> {
         }
         (path, error.inner().to_string())
     })
+}
+
+/// The same, but a field of `spec` that the type does not know is an error: one that is misspelt
+/// would change where traffic goes. The API server is as strict.
+fn strictly_typed<T: DeserializeOwned + Serialize>(json: Value) -> Result<T, (String, String)> {
+    let given = json.get("spec").cloned().unwrap_or_default();
+    let object: T = typed(json)?;
+    let known = serde_json::to_value(&object).unwrap_or_default();
+    match unknown_field(&given, known.get("spec").unwrap_or(&Value::Null)) {
+        Some(path) => Err((format!("spec{path}"), "there is no such field".to_owned())),
+        None => Ok(object),
+    }
+}
+
+/// Path of a field that is given, but not known.
+fn unknown_field(given: &Value, known: &Value) -> Option<String> {
+    match (given, known) {
+        (Value::Object(given), Value::Object(known)) => given
+            .iter()
+            .filter(|(_, value)| !value.is_null())
+            .find_map(|(name, value)| match known.get(name) {
+                Some(known) => Some(format!(".{name}{}", unknown_field(value, known)?)),
+                None => Some(format!(".{name}")),
+            }),
+        (Value::Array(given), Value::Array(known)) => {
+            given
+                .iter()
+                .zip(known)
+                .enumerate()
+                .find_map(|(index, (given, known))| {
+                    Some(format!("[{index}]{}", unknown_field(given, known)?))
+                })
+        }
+        _ => None,
+    }
 }
 
 #[cfg(test)]

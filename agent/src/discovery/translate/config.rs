@@ -6,7 +6,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use serde::{Deserialize, Deserializer};
 
 use super::super::object::Fault;
-use crate::mesh::{MeshConfig, Mode};
+use crate::mesh::{MeshConfig, Mode, parse_duration};
 
 /// `apiVersion` of [`MeshConfigManifest`].
 pub const MESH_CONFIG_API_VERSION: &str = "undermesh.io/v1alpha1";
@@ -89,37 +89,6 @@ fn duration<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Duratio
     }
 }
 
-/// A duration as in Gateway API (GEP-2257): one to four times a number of one to five digits and
-/// its unit, `h`, `m`, `s` or `ms`.
-#[must_use]
-pub fn parse_duration(text: &str) -> Option<Duration> {
-    let mut rest = text;
-    let mut total = Duration::ZERO;
-    for _ in 0..4 {
-        let digits = rest.bytes().take_while(u8::is_ascii_digit).count();
-        if digits == 0 || digits > 5 {
-            return None;
-        }
-        let number: u64 = rest[..digits].parse().ok()?;
-        let unit = rest[digits..]
-            .bytes()
-            .take_while(u8::is_ascii_alphabetic)
-            .count();
-        total += match &rest[digits..digits + unit] {
-            "h" => Duration::from_secs(number * 3600),
-            "m" => Duration::from_secs(number * 60),
-            "s" => Duration::from_secs(number),
-            "ms" => Duration::from_millis(number),
-            _ => return None,
-        };
-        rest = &rest[digits + unit..];
-        if rest.is_empty() {
-            return Some(total);
-        }
-    }
-    None
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -128,33 +97,6 @@ mod tests {
         let spec: MeshConfigSpec = serde_json::from_value(spec).map_err(|e| e.to_string())?;
         spec.settings()
             .map_err(|fault| format!("{}: {}", fault.field, fault.reason))
-    }
-
-    #[test]
-    fn durations_are_those_of_gateway_api() {
-        for (text, expected) in [
-            ("0s", Duration::ZERO),
-            ("500ms", Duration::from_millis(500)),
-            ("1s", Duration::from_secs(1)),
-            ("1m30s", Duration::from_secs(90)),
-            ("1h1m1s1ms", Duration::from_millis(3_661_001)),
-        ] {
-            assert_eq!(parse_duration(text), Some(expected), "{text}");
-        }
-        for text in [
-            "",
-            "1",
-            "s",
-            "1.5s",
-            "-1s",
-            "1 s",
-            "1d",
-            "123456s",
-            "1s1s1s1s1s",
-            "1s ",
-        ] {
-            assert_eq!(parse_duration(text), None, "{text:?}");
-        }
     }
 
     #[test]

@@ -5,16 +5,31 @@
 
 mod config;
 mod endpoints;
+mod grpc_route;
+mod http_route;
 mod membership;
 mod node;
 mod pod;
+mod reference_grant;
+mod route;
+mod route_filter;
+mod route_match;
+mod route_session;
 mod service;
+mod tcp_route;
+mod tls_route;
 
-pub use config::{MESH_CONFIG_API_VERSION, MeshConfigManifest, MeshConfigSpec, parse_duration};
+pub use config::{MESH_CONFIG_API_VERSION, MeshConfigManifest, MeshConfigSpec};
 pub use endpoints::{EndpointFacts, SliceFacts, TargetRef, derive_endpoints, slice_endpoints};
 pub use membership::{MESH_LABEL, MODE_ANNOTATION, NamespaceFacts};
 pub use node::node;
 pub use pod::{CGROUP_ANNOTATION, NETNS_ANNOTATION, PodContext, PodFacts, PodState};
+pub use reference_grant::GrantFacts;
+pub use route::{
+    BackendFacts, BackendRef, GATEWAY_GROUP, ParentFacts, Referent, RouteFacts, RouteRules,
+    RuleFacts, StreamRuleFacts, route_parents,
+};
+pub use route_filter::FilterFacts;
 pub use service::{PortFacts, ServiceFacts, TargetPort, Unready};
 
 use std::net::IpAddr;

@@ -1,17 +1,22 @@
 //! What traffic to a Service, or over a route, gets: the policy in force.
 
+mod attached;
 mod connections;
 mod hash;
 mod locality;
+pub mod spec;
+mod status;
 
-pub use super::route::{RouteId, RouteKind};
+pub use attached::{Layer, Policies, ServiceLayers};
 pub use connections::{ConnectionLimits, StreamTimeouts};
 pub use hash::HashKey;
 pub use locality::{Locality, Nearness};
+pub use status::{AncestorStatus, PolicyId, PolicyKind, PolicyStatus};
 
-use http::{HeaderMap, HeaderName, HeaderValue};
+use http::request::Parts;
 
 use super::ObjectName;
+use super::route::HeaderMatch;
 use crate::resilience::Policy;
 
 /// What traffic to a Service's port gets, on one route or on none: all policies that attach to it,
@@ -37,10 +42,10 @@ pub struct TrafficPolicy {
 }
 
 impl TrafficPolicy {
-    /// Whether a request with these headers may get a fault.
+    /// Whether this request may get a fault.
     #[must_use]
-    pub fn faults_apply_to(&self, headers: &HeaderMap) -> bool {
-        self.fault_match.iter().all(|one| one.matches(headers))
+    pub fn faults_apply_to(&self, head: &Parts) -> bool {
+        self.fault_match.iter().all(|one| one.matches(head))
     }
 }
 
@@ -52,52 +57,4 @@ pub struct FallbackBackend {
     pub service: ObjectName,
     /// Its port.
     pub port: u16,
-}
-
-/// A header that a request must have.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct HeaderMatch {
-    /// Its name.
-    pub name: HeaderName,
-    /// Its value; none: any.
-    pub value: Option<HeaderValue>,
-}
-
-impl HeaderMatch {
-    /// Whether it has it: of several values, one must match.
-    #[must_use]
-    pub fn matches(&self, headers: &HeaderMap) -> bool {
-        match &self.value {
-            Some(wanted) => headers.get_all(&self.name).iter().any(|one| one == wanted),
-            None => headers.contains_key(&self.name),
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn faults_apply_to_requests_that_have_every_header() {
-        let mut policy = TrafficPolicy::default();
-        let mut headers = HeaderMap::new();
-        assert!(policy.faults_apply_to(&headers));
-        policy.fault_match = vec![
-            HeaderMatch {
-                name: HeaderName::from_static("x-test"),
-                value: Some(HeaderValue::from_static("chaos")),
-            },
-            HeaderMatch {
-                name: HeaderName::from_static("x-user"),
-                value: None,
-            },
-        ];
-        assert!(!policy.faults_apply_to(&headers));
-        headers.append("x-test", HeaderValue::from_static("calm"));
-        headers.append("x-user", HeaderValue::from_static("jane"));
-        assert!(!policy.faults_apply_to(&headers));
-        headers.append("x-test", HeaderValue::from_static("chaos"));
-        assert!(policy.faults_apply_to(&headers));
-    }
 }

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use super::{RouteId, RouteStatus, RouteTable, StreamRoutes};
+use super::{RouteId, RouteKind, RouteStatus, RouteTable, StreamRoutes};
 use crate::mesh::ObjectName;
 
 /// The routes in force on one port of a Service, all of one kind.
@@ -13,6 +13,17 @@ pub enum Attached {
     Requests(Arc<RouteTable>),
     /// TLSRoutes or TCPRoutes.
     Streams(Arc<StreamRoutes>),
+}
+
+impl Attached {
+    /// The kind of the routes.
+    #[must_use]
+    pub fn kind(&self) -> RouteKind {
+        match self {
+            Self::Requests(table) => table.kind(),
+            Self::Streams(routes) => routes.kind(),
+        }
+    }
 }
 
 /// Routes by the Service's port.
@@ -82,6 +93,12 @@ impl Routes {
                 self.services.remove(service);
             }
         }
+    }
+
+    /// Status of a route.
+    #[must_use]
+    pub fn status(&self, route: &RouteId) -> Option<&Arc<RouteStatus>> {
+        self.statuses.get(route)
     }
 
     /// Statuses of all routes.
