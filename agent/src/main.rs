@@ -13,9 +13,9 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 use undermesh::agent::{self, AgentOptions};
 use undermesh::cli;
-use undermesh::mesh::parse_duration;
 use undermesh::identity::authority::{self, AuthorityOptions};
 use undermesh::mesh::TrustDomain;
+use undermesh::mesh::parse_duration;
 use undermesh::telemetry::{LogFormat, Logging};
 use undermesh::watchdog::Watchdog;
 

@@ -126,11 +126,7 @@ impl Outbound {
         };
         let destination = self.destinations.of(&id, snapshot);
         let destination = destination.ok_or_else(no_endpoint)?;
-        let named = snapshot
-            .service(service)
-            .and_then(|service| service.port(port));
-        let port_name = named.map_or("", |port| &port.name);
-        let policy = snapshot.policy_of(service, port_name, rule.map(|rule| &rule.route));
+        let policy = snapshot.policy_of(service, port, rule.map(|rule| &rule.route));
         let settings = &policy.settings;
         let key = rule.map_or(RouteKey::Tcp, |rule| RouteKey::Rule(rule.name.clone()));
         let route = destination.route(&key, &settings.breaker, &settings.limits, now);

@@ -28,7 +28,11 @@ struct Bench {
 
 fn bench(nature: Nature) -> Bench {
     let budget = RetryBudget::new(&BudgetSettings::default());
-    let deadline = Timeouts::default().deadline(Timestamp::ZERO);
+    let timeouts = Timeouts {
+        request: Some(Duration::from_secs(15)),
+        ..Timeouts::default()
+    };
+    let deadline = timeouts.deadline(Timestamp::ZERO);
     Bench {
         retries: Retries::begin(&budget, nature, deadline, Timestamp::ZERO),
         budget,

@@ -8,8 +8,8 @@ use super::validate::{Faults, Validate};
 /// The time limits of a route.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Timeouts {
-    /// The whole request, retries included (`timeouts.request`). Range 1 ms to 24 h, default 15 s;
-    /// `None` is no limit, for streams.
+    /// The whole request, retries included (`timeouts.request`). Range 1 ms to 24 h. Default none:
+    /// it would cut downloads, streams and long polls that nobody asked to cut.
     pub request: Option<Duration>,
     /// One attempt (`timeouts.backendRequest`). At most `request`. Default none.
     pub attempt: Option<Duration>,
@@ -20,7 +20,7 @@ pub struct Timeouts {
 impl Default for Timeouts {
     fn default() -> Self {
         Self {
-            request: Some(Duration::from_secs(15)),
+            request: None,
             attempt: None,
             connect: Duration::from_secs(1),
         }

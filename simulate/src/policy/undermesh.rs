@@ -145,7 +145,10 @@ impl Undermesh {
             breaker,
             sources: HashMap::new(),
             policy,
-            timeouts: Timeouts::default(),
+            timeouts: Timeouts {
+                request: Some(Duration::from_secs(15)),
+                ..Timeouts::default()
+            },
             limit: (!is_out(Mechanism::Limit))
                 .then(|| AdaptiveLimit::new(AdaptiveSettings::default(), Timestamp::ZERO)),
             log,

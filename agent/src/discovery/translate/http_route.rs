@@ -7,7 +7,7 @@ use http::Method;
 use serde::Deserialize;
 
 use super::super::object::Fault;
-use super::parse_duration;
+use crate::mesh::parse_duration;
 use super::route::{
     BackendManifest, RULES_MAX, RouteFacts, RouteRules, RuleFacts, RuleNames, at_most, backends,
     created, identify, note_on_hostnames, note_on_weights, parents, reread,

@@ -335,11 +335,7 @@ impl Followed {
 
 impl Shape {
     fn of(id: &DestinationId, snapshot: &Snapshot) -> Self {
-        let port = snapshot
-            .service(&id.service)
-            .and_then(|service| service.port(id.port));
-        let port_name = port.map_or("", |port| &port.name);
-        let policy = snapshot.policy_of_service(&id.service, port_name);
+        let policy = snapshot.policy_of_service(&id.service, id.port);
         let settings = &policy.settings;
         let mut shape = Self {
             balance: settings.balance,

@@ -94,7 +94,7 @@ async fn fault<N: Network>(
     let policy = &leg.policy;
     let settings = &policy.settings.fault;
     if settings.delay.is_none() && settings.abort.is_none()
-        || !policy.faults_apply_to(&request.head.headers)
+        || !policy.faults_apply_to(&request.head)
     {
         return Ok(());
     }

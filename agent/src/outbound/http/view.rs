@@ -169,14 +169,8 @@ impl View {
         port: u16,
         rule: Option<&Arc<Rule>>,
     ) -> Leg {
-        let named = self.snapshot.service(service);
-        let port_name = named
-            .and_then(|service| service.port(port))
-            .map(|port| &*port.name);
         let route = rule.map(|rule| &rule.route);
-        let policy = self
-            .snapshot
-            .policy_of(service, port_name.unwrap_or_default(), route);
+        let policy = self.snapshot.policy_of(service, port, route);
         let now = client.engine.clock().now();
         let id = DestinationId {
             service: service.clone(),
@@ -203,7 +197,7 @@ impl View {
     }
 
     fn to_pod(&self, engine: &Engine, endpoint: &EndpointId) -> Leg {
-        let policy = self.snapshot.default_policy().clone();
+        let policy = Arc::default();
         let to = To::Pod(endpoint.clone(), engine.direct_budget.clone());
         self.with_policy(None, None, policy, to)
     }
@@ -216,9 +210,13 @@ impl View {
         to: To,
     ) -> Leg {
         let settings = &policy.settings;
+        let mut limits = settings.timeouts;
+        if policy.sources.is_empty() {
+            limits.connect = self.snapshot.config().connect_timeout;
+        }
         Leg {
             service,
-            timeouts: timeouts(&settings.timeouts, rule.as_deref()),
+            timeouts: timeouts(&limits, rule.as_deref()),
             retry: retry(&settings.retry, rule.as_deref()),
             rule,
             policy,

@@ -97,7 +97,7 @@ pub struct TimeoutsSpec {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub connect: Option<Span>,
     /// A whole request, retries included. A route's own `timeouts.request` comes before it. Range
-    /// 1ms to 24h, default 15s; 0s: no limit.
+    /// 1ms to 24h, default and 0s: no limit.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub request: Option<Span>,
     /// One attempt of a request, at most `request`. A route's own `timeouts.backendRequest` comes
