@@ -23,7 +23,7 @@ use crate::http::HttpCounters;
 use crate::identity::{
     AuthorityClient, AuthorityClientOptions, Certificates, CertificatesOptions, ClientError,
 };
-use crate::inbound::Inbound;
+use crate::inbound::{HttpService, Inbound};
 use crate::mesh::{MeshConfig, SharedSnapshot, Snapshot};
 use crate::outbound::{Clock, Destinations, EventReporter, Outbound, OutboundParts};
 use crate::telemetry::{Labelled, Logging, Telemetry, housekeep};
@@ -184,6 +184,10 @@ pub async fn run(
             certificates: certificates.clone(),
             telemetry: telemetry.clone(),
             drain: stop.child_token(),
+            http: HttpService {
+                counters: http.clone(),
+                ..HttpService::default()
+            },
         }),
         capture: OnceLock::new(),
     });
