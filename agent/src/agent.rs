@@ -23,12 +23,13 @@ use crate::capture::{
 use crate::discovery::files::{FileSource, FileSourceError, FileSourceOptions};
 use crate::fairness::{Fairness, Monotonic};
 use crate::handover::{Giver, HandoverError};
+use crate::http::HttpCounters;
 use crate::identity::{
     AuthorityClient, AuthorityClientOptions, Certificates, CertificatesOptions, ClientError,
 };
-use crate::inbound::Inbound;
+use crate::inbound::{HttpService, Inbound};
 use crate::mesh::{MeshConfig, SharedSnapshot, Snapshot};
-use crate::outbound::Outbound;
+use crate::outbound::{Clock, Destinations, EventReporter, Outbound, OutboundParts};
 use crate::telemetry::{Labelled, Logging, Telemetry, housekeep};
 use crate::tunnel::{Pool, PoolOptions};
 
@@ -146,7 +147,7 @@ impl Handler for Dispatch {
                 let capture = self.capture.get().and_then(Weak::upgrade);
                 Box::pin(self.fairness.turns(pod, async move {
                     if let Some(capture) = capture {
-                        outbound.serve(accepted, &capture).await;
+                        outbound.serve(accepted, capture).await;
                     }
                 }))
             }
@@ -206,18 +207,35 @@ pub async fn run(
     let fairness = Fairness::start(Monotonic::default(), background.clone());
     let pool = Pool::new(PoolOptions::default());
     let leaving = stop.child_token();
+    let events = Arc::new(EventReporter::default());
+    let destinations = Destinations::new(
+        snapshot.clone(),
+        &options.node,
+        Clock::start(),
+        events.clone(),
+    );
+    let http = Arc::new(HttpCounters::default());
+    let outbound = Outbound::new(OutboundParts {
+        snapshot: snapshot.clone(),
+        certificates: certificates.clone(),
+        tunnels: pool.clone(),
+        destinations,
+        counters: http.clone(),
+        telemetry: telemetry.clone(),
+        drain: leaving.clone(),
+    });
+    tokio::spawn(outbound.clone().maintain(background.clone()));
     let dispatch = Arc::new(Dispatch {
-        outbound: Arc::new(Outbound::new(
-            snapshot.clone(),
-            certificates.clone(),
-            pool.clone(),
-            telemetry.clone(),
-        )),
+        outbound,
         inbound: Arc::new(Inbound {
             snapshot: snapshot.clone(),
             certificates: certificates.clone(),
             telemetry: telemetry.clone(),
             drain: leaving.clone(),
+            http: HttpService {
+                counters: http.clone(),
+                ..HttpService::default()
+            },
         }),
         fairness: fairness.clone(),
         capture: OnceLock::new(),
@@ -251,7 +269,7 @@ pub async fn run(
         snapshot.clone(),
         background.clone(),
     ));
-    count(&telemetry, &capture, &certificates, &pool);
+    count(&telemetry, &capture, &certificates, &pool, &events, &http);
     telemetry.register_counter(
         "undermesh_fairness_parked",
         "Times that a task waited because its pod had used up its quantum while others were busy",
@@ -356,6 +374,8 @@ fn count(
     capture: &Arc<Capture>,
     certificates: &Arc<Certificates>,
     pool: &Arc<Pool>,
+    events: &Arc<EventReporter>,
+    http: &Arc<HttpCounters>,
 ) {
     fn labelled(label: &'static str, counters: Vec<(&'static str, u64)>) -> Vec<Labelled<u64>> {
         let sample = |(name, value)| Labelled::one(label, name, value);
@@ -385,6 +405,30 @@ fn count(
         "undermesh_tunnel_events",
         "What happened in the pool of tunnels",
         move || labelled("event", pool.counters()),
+    );
+    let guards = http.clone();
+    telemetry.register_counter(
+        "undermesh_http_events",
+        "What happened on HTTP connections of clients",
+        move || labelled("event", guards.by_name()),
+    );
+    let guards = http.clone();
+    telemetry.register_counter(
+        "undermesh_http_bad_requests",
+        "Requests that the guards of HTTP refused, by why",
+        move || labelled("reason", guards.bad_requests()),
+    );
+    let guards = http.clone();
+    telemetry.register_counter(
+        "undermesh_http_floods",
+        "HTTP connections that were ended because of a flood, by kind",
+        move || labelled("kind", guards.floods()),
+    );
+    let events = events.clone();
+    telemetry.register_counter(
+        "undermesh_destination_events",
+        "Movements of circuit breakers, and of endpoints out of the balance and back",
+        move || labelled("event", events.counters()),
     );
 }
 

@@ -8,6 +8,7 @@ pub mod cli;
 pub mod discovery;
 pub mod fairness;
 pub mod handover;
+pub mod http;
 pub mod identity;
 pub mod inbound;
 pub mod mesh;

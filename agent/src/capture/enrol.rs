@@ -295,6 +295,7 @@ impl Enrolment {
     ) -> Result<(), EnrolError> {
         let cookie = self.netns.cookie();
         let cleared = on_kernel(&tools.kernel, move |kernel| kernel.remove_pod(cookie)).await;
+        self.pod.leaving().cancel();
         tokio::select! {
             () = self.drain(Instant::now() + drain) => {}
             () = hurry.cancelled() => {}

@@ -114,6 +114,7 @@ pub struct EnrolledPod {
     share: Arc<PodShare>,
     refused: [AtomicU64; Full::ALL.len()],
     backlogs: Backlogs,
+    leaving: CancellationToken,
     gone: CancellationToken,
     cut: CancellationToken,
     counters: Arc<Counters>,
@@ -180,6 +181,13 @@ impl EnrolledPod {
     #[must_use]
     pub fn addresses(&self) -> PodAddresses {
         self.addresses
+    }
+
+    /// Cancelled when the pod begins to leave the mesh: connections may end as they like, and those
+    /// that would never do so shall.
+    #[must_use]
+    pub fn leaving(&self) -> &CancellationToken {
+        &self.leaving
     }
 
     /// Cancelled when the pod's connections must end now, with RST.
@@ -408,6 +416,7 @@ impl EnrolledPod {
             refused: Default::default(),
             backlogs: Backlogs::default(),
             gone: CancellationToken::new(),
+            leaving: CancellationToken::new(),
             cut: CancellationToken::new(),
             counters: parts.counters,
             captured: AtomicU64::new(0),

@@ -1,4 +1,4 @@
-//! One attempt to reach one endpoint.
+//! How one pod reaches one endpoint.
 
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
@@ -8,28 +8,60 @@ use std::time::Duration;
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 
+use super::destinations::EndpointId;
 use super::path::{NoPath, Path, path};
-use super::target::{Target, pod_of};
-use super::{Load, Outbound};
+use super::target::pod_of;
 use crate::capture::{Capture, Dial, DialError, EnrolledPod};
-use crate::mesh::{Endpoint, Snapshot, SpiffeId, authorize};
-use crate::telemetry::{Connection, FailureReason, Party, Security, error_chain};
-use crate::tunnel::{self, ConnectRequest, TunnelError, TunnelKey, Tunnelled};
+use crate::identity::Certificates;
+use crate::mesh::{ObjectName, Snapshot, SpiffeId, Workload, authorize};
+use crate::resilience::{Outcome, Unsent};
+use crate::telemetry::{FailureReason, Party, Security, error_chain};
+use crate::tunnel::{self, ConnectRequest, Pool, TunnelError, TunnelKey, Tunnelled};
 
 /// How long a connection waits for its identity's first certificate, as right after enrolment.
 const FIRST_CERTIFICATE: Duration = Duration::from_secs(5);
 
-/// The connection that looks for an endpoint.
-pub(super) struct Origin<'a> {
-    pub(super) peer: SocketAddr,
-    pub(super) target: &'a Target,
-    pub(super) connection: &'a Connection,
+/// Opens connections in the names of this node's pods.
+pub(super) struct Dialer {
+    certificates: Arc<Certificates>,
+    tunnels: Arc<Pool>,
 }
 
-/// An endpoint that answered.
-pub(super) struct Connected {
-    pub(super) upstream: Upstream,
-    pub(super) load: Load,
+/// How an endpoint is reached, as decided before anything is dialled.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Way {
+    /// Where to.
+    pub(super) endpoint: SocketAddr,
+    /// By what.
+    pub(super) path: Path,
+    /// Who is there, where the mesh knows it.
+    pub(super) workload: Option<Arc<Workload>>,
+    /// The network namespace that must answer, where it is of this node and enrolled; else 0.
+    pub(super) netns_cookie: u64,
+}
+
+impl Way {
+    /// The endpoint, for telemetry.
+    pub(super) fn party(&self) -> Party {
+        match &self.workload {
+            Some(workload) => Party::of(workload, self.endpoint),
+            None => Party::unknown(self.endpoint),
+        }
+    }
+
+    /// Whether it stays so for as long as the snapshot does. Plaintext may not: the pod may be
+    /// enrolled on this node at any moment.
+    pub(super) fn is_lasting(&self) -> bool {
+        self.path != Path::Plaintext
+    }
+
+    pub(super) fn security(&self) -> Security {
+        match self.path {
+            Path::SameNode => Security::SameNode,
+            Path::Tunnel(_) => Security::MutualTls,
+            Path::Plaintext => Security::Plaintext,
+        }
+    }
 }
 
 /// What leads to the endpoint.
@@ -56,7 +88,7 @@ impl Failure {
     }
 
     /// A failure of this endpoint, not of the connection: another may do better.
-    fn of_endpoint(reason: FailureReason, detail: impl Into<String>) -> Self {
+    pub(super) fn of_endpoint(reason: FailureReason, detail: impl Into<String>) -> Self {
         Self {
             elsewhere: true,
             ..Self::new(reason, detail)
@@ -66,61 +98,98 @@ impl Failure {
     pub(super) fn may_go_elsewhere(&self) -> bool {
         self.elsewhere
     }
+
+    /// What it says about the endpoint and its destination: nothing, where this side could not or
+    /// would not do it.
+    pub(super) fn outcome(&self) -> Outcome {
+        match self.reason {
+            FailureReason::ConnectTimeout => Outcome::Unsent(Unsent::ConnectTimeout),
+            FailureReason::ConnectRefused
+            | FailureReason::Unreachable
+            | FailureReason::Tls
+            | FailureReason::PeerIdentity
+            | FailureReason::TunnelRefused
+            | FailureReason::TunnelLost => Outcome::Unsent(Unsent::ConnectFailed),
+            FailureReason::PodGone => Outcome::Cancelled,
+            _ => Outcome::Shed,
+        }
+    }
 }
 
-impl Outbound {
-    pub(super) async fn connect_to(
+impl Dialer {
+    pub(super) fn new(certificates: Arc<Certificates>, tunnels: Arc<Pool>) -> Self {
+        Self {
+            certificates,
+            tunnels,
+        }
+    }
+
+    /// The way from a pod to an endpoint, if there is one and it is allowed.
+    pub(super) fn way(
         &self,
-        pod: &Arc<EnrolledPod>,
+        pod: &EnrolledPod,
         capture: &Capture,
         snapshot: &Snapshot,
-        origin: &Origin<'_>,
-        endpoint: &Endpoint,
-    ) -> Result<Upstream, Failure> {
+        endpoint: &EndpointId,
+    ) -> Result<Way, Failure> {
         let client = pod.workload();
         let destination = pod_of(snapshot, endpoint);
         let enrolled = destination.and_then(|workload| capture.enrolled(&workload.uid));
-        let config = snapshot.config();
-        let way = path(
+        let path = path(
             &client,
             destination.map(AsRef::as_ref),
             enrolled.is_some(),
-            config,
+            snapshot.config(),
         );
-        let way = way.map_err(|none| no_path(none, endpoint.address))?;
-        origin.connection.update(|info| {
-            info.destination = match destination {
-                Some(workload) => Party::of(workload, endpoint.address),
-                None => Party::unknown(endpoint.address),
-            };
-            info.security = match way {
-                Path::SameNode => Security::SameNode,
-                Path::Tunnel(_) => Security::MutualTls,
-                Path::Plaintext => Security::Plaintext,
-            };
-        });
-        let limit = config.connect_timeout;
-        match way {
+        let path = path.map_err(|none| no_path(none, endpoint.address))?;
+        if path == Path::SameNode {
+            let mode = destination
+                .and_then(|workload| workload.mode())
+                .unwrap_or_default();
+            authorize(mode, Some(&client.identity))
+                .map_err(|denied| Failure::new(FailureReason::Denied, denied.to_string()))?;
+        }
+        Ok(Way {
+            endpoint: endpoint.address,
+            path,
+            workload: destination.cloned(),
+            // The way is by what is enrolled here; a pod that left meanwhile has no namespace.
+            netns_cookie: enrolled.map_or(0, |destination| destination.netns_cookie()),
+        })
+    }
+
+    /// Opens a connection. `peer` and `service` say on whose behalf; `limit` is that of a TCP
+    /// connect.
+    pub(super) async fn open(
+        &self,
+        pod: &Arc<EnrolledPod>,
+        way: &Way,
+        peer: SocketAddr,
+        service: Option<&ObjectName>,
+        limit: Duration,
+    ) -> Result<Upstream, Failure> {
+        match &way.path {
             Path::SameNode => {
-                let mode = destination
-                    .and_then(|workload| workload.mode())
-                    .unwrap_or_default();
-                authorize(mode, Some(&client.identity))
-                    .map_err(|denied| Failure::new(FailureReason::Denied, denied.to_string()))?;
-                // The way is by what is enrolled here; a pod that left meanwhile has no namespace.
                 let admitted = Dial::Admitted {
-                    destination: endpoint.address,
-                    netns_cookie: enrolled.map_or(0, |destination| destination.netns_cookie()),
+                    destination: way.endpoint,
+                    netns_cookie: way.netns_cookie,
                 };
                 dial(pod, admitted, limit).await.map(Upstream::Socket)
             }
-            Path::Plaintext => dial(pod, Dial::Direct(endpoint.address), limit)
+            Path::Plaintext => dial(pod, Dial::Direct(way.endpoint), limit)
                 .await
                 .map(Upstream::Socket),
-            Path::Tunnel(identity) => self
-                .tunnel(pod, identity, endpoint.address, origin, limit)
-                .await
-                .map(Upstream::Tunnel),
+            Path::Tunnel(identity) => {
+                let request = ConnectRequest {
+                    authority: way.endpoint,
+                    forwarded: Some((peer, service.map(ToString::to_string))),
+                    baggage: None,
+                    traceparent: None,
+                };
+                self.tunnel(pod, identity.clone(), request, limit)
+                    .await
+                    .map(Upstream::Tunnel)
+            }
         }
     }
 
@@ -128,11 +197,9 @@ impl Outbound {
         &self,
         pod: &Arc<EnrolledPod>,
         identity: SpiffeId,
-        endpoint: SocketAddr,
-        origin: &Origin<'_>,
+        request: ConnectRequest,
         limit: Duration,
     ) -> Result<Tunnelled, Failure> {
-        self.close_tunnels_with(pod);
         let client = pod.workload();
         let certificate = self
             .certificates
@@ -143,16 +210,7 @@ impl Outbound {
             netns_cookie: pod.netns_cookie(),
             source: client.identity.clone(),
             destinations: Arc::new(BTreeSet::from([identity])),
-            address: SocketAddr::new(endpoint.ip(), tunnel::HBONE_PORT),
-        };
-        let request = ConnectRequest {
-            authority: endpoint,
-            forwarded: Some((
-                origin.peer,
-                origin.target.service.as_ref().map(ToString::to_string),
-            )),
-            baggage: None,
-            traceparent: None,
+            address: SocketAddr::new(request.authority.ip(), tunnel::HBONE_PORT),
         };
         let dial = || async {
             match timeout(limit, pod.connect(Dial::Direct(key.address))).await {
@@ -163,7 +221,7 @@ impl Outbound {
                 )),
             }
         };
-        self.pool
+        self.tunnels
             .open(&key, certificate, request, dial)
             .await
             .map_err(|error| tunnel_failure(&error))
@@ -240,6 +298,7 @@ mod tests {
     use std::io;
 
     use super::*;
+    use crate::resilience::Verdict;
     use crate::tunnel::Stage;
 
     fn peer() -> SocketAddr {
@@ -334,6 +393,25 @@ mod tests {
         ] {
             assert_eq!(failure.reason, reason, "{}", failure.detail);
             assert!(!failure.may_go_elsewhere(), "{}", failure.detail);
+        }
+    }
+
+    #[test]
+    fn only_what_an_endpoint_did_is_charged_to_it() {
+        let charged = [
+            FailureReason::ConnectRefused,
+            FailureReason::ConnectTimeout,
+            FailureReason::Unreachable,
+            FailureReason::Tls,
+            FailureReason::PeerIdentity,
+            FailureReason::TunnelRefused,
+            FailureReason::TunnelLost,
+        ];
+        for reason in FailureReason::ALL {
+            let outcome = Failure::new(reason, "").outcome();
+            let expected = charged.contains(&reason).then_some(Verdict::Bad);
+            assert_eq!(outcome.of_endpoint(), expected, "{reason}");
+            assert_eq!(outcome.of_destination(), expected, "{reason}");
         }
     }
 

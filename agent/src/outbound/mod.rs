@@ -1,83 +1,133 @@
-//! From a pod of this node to the mesh: find the endpoint, choose the way, connect, relay.
+//! From a pod of this node to the mesh: find what was dialled, see what is spoken, and bring each
+//! request, or the connection, to an endpoint.
 
-mod balance;
+mod clock;
 mod connect;
+mod destinations;
+mod http;
+mod opaque;
 mod path;
 mod target;
 
 use std::collections::HashSet;
 use std::net::SocketAddr;
+use std::pin::pin;
 use std::sync::Arc;
+use std::time::Duration;
 
 use parking_lot::Mutex;
+use tokio::net::TcpStream;
+use tokio::sync::oneshot;
+use tokio::time::MissedTickBehavior;
+use tokio_util::sync::CancellationToken;
 
 use crate::capture::{Accepted, Capture, EnrolledPod};
+use crate::http::{
+    ClientView, HttpCounters, PoolLimits, Protocol, ServerContext, ServerLimits, UpstreamPool,
+    Wire, detect, serve_http,
+};
 use crate::identity::Certificates;
-use crate::mesh::{Endpoint, SharedSnapshot, Snapshot};
-use crate::relay::{self, Peer};
+use crate::mesh::{SharedSnapshot, Snapshot};
+use crate::resilience::ejection::SourceId;
 use crate::telemetry::{
-    Connection, ConnectionInfo, Direction, FailureReason, Party, Security, Telemetry,
+    Connection, ConnectionInfo, Direction, End, FailureReason, Party, Security, Side, Telemetry,
 };
 use crate::tunnel::Pool;
 
-use connect::{Connected, Failure, Origin, Upstream};
+use connect::{Dialer, Failure, Way};
+use http::{Caller, Client, Engine, Frontend, PodNetwork};
+use opaque::Origin;
 use target::{Target, target};
 
-pub use balance::{Load, Loads};
+pub use clock::Clock;
+pub use destinations::{Destinations, EventReporter};
 
-/// Endpoints tried for one connection. Only a connect that failed is tried again, elsewhere: no
-/// byte of the client has left by then.
-const ENDPOINTS_TRIED: usize = 3;
+/// How often destinations are looked after that nobody asks.
+const MAINTENANCE: Duration = Duration::from_secs(1);
+
+/// How long a client may be silent before it is taken for one whose server speaks first, where the
+/// port does not say what is spoken.
+const SILENCE: Duration = Duration::from_millis(50);
 
 /// Takes captured connections of this node's pods to where they want to go.
 pub struct Outbound {
     snapshot: SharedSnapshot,
-    certificates: Arc<Certificates>,
-    pool: Arc<Pool>,
+    dialer: Dialer,
+    destinations: Arc<Destinations>,
+    engine: Arc<Engine>,
+    upstreams: Arc<UpstreamPool>,
+    limits: ServerLimits,
+    counters: Arc<HttpCounters>,
     telemetry: Arc<Telemetry>,
-    loads: Arc<Loads>,
-    /// Pods (by netns cookie) whose end is waited for, to close their tunnels with them.
-    watched: Arc<Mutex<HashSet<u64>>>,
+    tunnels: Arc<Pool>,
+    /// Cancelled when the agent stops: HTTP connections then end with their next answers.
+    drain: CancellationToken,
+    /// Pods (by netns cookie) whose end is waited for, to clean up after them.
+    watched: Mutex<HashSet<u64>>,
+}
+
+/// What outbound connections are made with.
+pub struct OutboundParts {
+    /// The mesh.
+    pub snapshot: SharedSnapshot,
+    /// Identities of the pods.
+    pub certificates: Arc<Certificates>,
+    /// Tunnels to other nodes.
+    pub tunnels: Arc<Pool>,
+    /// What is known of destinations.
+    pub destinations: Arc<Destinations>,
+    /// What HTTP's guards refuse is counted here.
+    pub counters: Arc<HttpCounters>,
+    /// Connections and requests are told of here.
+    pub telemetry: Arc<Telemetry>,
+    /// Cancelled when the agent stops.
+    pub drain: CancellationToken,
 }
 
 impl Outbound {
-    /// Puts it together.
+    /// Puts it together, on a tokio runtime.
     #[must_use]
-    pub fn new(
-        snapshot: SharedSnapshot,
-        certificates: Arc<Certificates>,
-        pool: Arc<Pool>,
-        telemetry: Arc<Telemetry>,
-    ) -> Self {
-        let (loads, watched) = (Arc::default(), Arc::default());
-        Self {
-            snapshot,
-            certificates,
-            pool,
-            telemetry,
-            loads,
-            watched,
-        }
+    pub fn new(parts: OutboundParts) -> Arc<Self> {
+        let upstreams = UpstreamPool::new(PoolLimits::default());
+        Arc::new(Self {
+            engine: Engine::new(
+                parts.snapshot.clone(),
+                parts.destinations.clone(),
+                upstreams.clone(),
+            ),
+            dialer: Dialer::new(parts.certificates, parts.tunnels.clone()),
+            snapshot: parts.snapshot,
+            destinations: parts.destinations,
+            upstreams,
+            limits: ServerLimits::default(),
+            counters: parts.counters,
+            telemetry: parts.telemetry,
+            tunnels: parts.tunnels,
+            drain: parts.drain,
+            watched: Mutex::default(),
+        })
     }
 
-    /// Closes the pod's tunnels when it is gone: a pooled one would keep its network namespace
-    /// alive.
-    fn close_tunnels_with(&self, pod: &EnrolledPod) {
-        let cookie = pod.netns_cookie();
-        if !self.watched.lock().insert(cookie) {
-            return;
+    /// The connections that are kept for HTTP requests.
+    #[must_use]
+    pub fn upstreams(&self) -> &Arc<UpstreamPool> {
+        &self.upstreams
+    }
+
+    /// Looks after destinations until `stop`.
+    pub async fn maintain(self: Arc<Self>, stop: CancellationToken) {
+        let mut timer = tokio::time::interval(MAINTENANCE);
+        timer.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        while stop.run_until_cancelled(timer.tick()).await.is_some() {
+            for endpoint in self.destinations.maintain() {
+                self.upstreams.close_endpoint(endpoint);
+            }
         }
-        let (gone, pool, watched) = (pod.gone().clone(), self.pool.clone(), self.watched.clone());
-        tokio::spawn(async move {
-            gone.cancelled().await;
-            pool.close_source(cookie);
-            watched.lock().remove(&cookie);
-        });
     }
 
     /// Serves one captured connection to its end. Whatever fails before bytes flow resets it: a
     /// client whose connect succeeded must not take a FIN for an answer.
-    pub async fn serve(&self, accepted: Accepted, capture: &Capture) {
+    pub async fn serve(self: Arc<Self>, accepted: Accepted, capture: Arc<Capture>) {
         let Accepted {
             pod,
             stream,
@@ -85,93 +135,150 @@ impl Outbound {
             local,
             ..
         } = accepted;
+        self.clean_up_after(&pod);
         let snapshot = self.snapshot.load_full();
         let target = target(&snapshot, local);
         let connection = self.open(&pod, peer, local, target.as_ref(), &snapshot);
-
-        let connecting = self.connect(&pod, capture, &snapshot, (peer, local), target, &connection);
-        let connected = tokio::select! {
-            connected = connecting => connected,
-            () = pod.gone().cancelled() => Err(Failure::new(FailureReason::PodGone, "the pod left the mesh")),
+        let Some(target) = target else {
+            return connection.fail(FailureReason::NoRoute, &"not a destination of the mesh");
         };
-        let Connected { upstream, load } = match connected {
+        let protocol = tokio::select! {
+            protocol = detect(&stream, target.hint(&snapshot), SILENCE) => protocol,
+            () = pod.gone().cancelled() => Ok(Protocol::Opaque),
+        };
+        let origin = Origin {
+            pod,
+            capture,
+            peer,
+            local,
+            target,
+            connection,
+        };
+        match protocol {
+            Ok(Protocol::Http1) => self.serve_http(origin, stream, Wire::Http1).await,
+            Ok(Protocol::Http2) => self.serve_http(origin, stream, Wire::Http2).await,
+            Ok(Protocol::Tls { sni }) => {
+                self.serve_opaque(origin, snapshot, stream, sni.as_deref())
+                    .await;
+            }
+            Ok(Protocol::Opaque) => self.serve_opaque(origin, snapshot, stream, None).await,
+            Err(_) => origin.connection.close(End::Reset { by: Side::Source }),
+        }
+    }
+
+    /// Serves requests, each for itself, until the connection ends.
+    async fn serve_http(self: Arc<Self>, origin: Origin, stream: TcpStream, wire: Wire) {
+        let Origin {
+            pod,
+            capture,
+            peer,
+            local,
+            target,
+            connection,
+        } = origin;
+        let workload = pod.workload();
+        let source = Party::of(&workload, peer);
+        let requester =
+            self.telemetry
+                .requester(Direction::Outbound, source, local, connection.id());
+        let (reached, mut first) = oneshot::channel();
+        let network = PodNetwork {
+            outbound: self.clone(),
+            pod: pod.clone(),
+            capture,
+            peer,
+            reached: Mutex::new(Some(reached)),
+        };
+        let caller = Caller {
+            workload,
+            source: SourceId(pod.netns_cookie()),
+            local,
+            frontend: Frontend::from(target),
+            view: ClientView {
+                address: peer.ip(),
+                side: crate::http::Side::Source,
+            },
+            requester,
+        };
+        let client = Client::new(self.engine.clone(), network, caller);
+        let context = ServerContext {
+            limits: &self.limits,
+            counters: &self.counters,
+            bytes: connection.bytes().clone(),
+        };
+        let service = move |request| client.clone().serve(request);
+        let drain = self.drain.child_token();
+        let stop = pod.gone();
+        let mut serving = pin!(serve_http(
+            stream.into(),
+            wire,
+            context,
+            service,
+            &drain,
+            stop
+        ));
+        let mut leaving = pin!(pod.leaving().cancelled());
+        let (mut is_leaving, mut is_told) = (false, false);
+        let served = loop {
+            tokio::select! {
+                served = &mut serving => break served,
+                () = &mut leaving, if !is_leaving => {
+                    is_leaving = true;
+                    drain.cancel();
+                }
+                way = &mut first, if !is_told => {
+                    is_told = true;
+                    if let Ok(way) = way {
+                        settled(&connection, &way);
+                    }
+                }
+            }
+        };
+        connection.close(served.end.into());
+    }
+
+    /// Takes a connection to one endpoint.
+    async fn serve_opaque(
+        &self,
+        origin: Origin,
+        snapshot: Arc<Snapshot>,
+        stream: TcpStream,
+        sni: Option<&str>,
+    ) {
+        let connected = tokio::select! {
+            connected = self.connect(&origin, &snapshot, sni) => connected,
+            () = origin.pod.gone().cancelled() => Err(Failure::new(FailureReason::PodGone, "the pod left the mesh")),
+        };
+        // A connection may outlive many a state of the mesh.
+        drop(snapshot);
+        let Origin {
+            pod, connection, ..
+        } = origin;
+        let connected = match connected {
             Ok(connected) => connected,
             Err(failure) => return connection.fail(failure.reason, &failure.detail),
         };
         connection.established();
         let bytes = connection.bytes().clone();
-        let counts = (&*bytes).into();
-        let ended = match upstream {
-            Upstream::Socket(upstream) => {
-                relay::relay_tcp(stream, upstream, counts, pod.gone()).await
-            }
-            Upstream::Tunnel(tunnel) => {
-                let (send, receive) = (tunnel.send, tunnel.receive);
-                relay::relay_tunnel(stream, Peer::Downstream, send, receive, counts, pod.gone())
-                    .await
-            }
-        };
-        drop(load);
+        let ended = self.relay(stream, connected, &pod, &bytes).await;
         connection.close(ended.into());
     }
 
-    /// Tries endpoints until one accepts, at most [`ENDPOINTS_TRIED`].
-    async fn connect(
-        &self,
-        pod: &Arc<EnrolledPod>,
-        capture: &Capture,
-        snapshot: &Snapshot,
-        (peer, local): (SocketAddr, SocketAddr),
-        target: Option<Target>,
-        connection: &Connection,
-    ) -> Result<Connected, Failure> {
-        let Some(target) = target else {
-            return Err(Failure::new(
-                FailureReason::NoRoute,
-                "not a destination of the mesh",
-            ));
-        };
-        let origin = Origin {
-            peer,
-            target: &target,
-            connection,
-        };
-        let client = pod.workload();
-        let mut tried: Vec<SocketAddr> = Vec::with_capacity(ENDPOINTS_TRIED);
-        let mut last = None;
-        while tried.len() < ENDPOINTS_TRIED {
-            let usable = |endpoint: &Endpoint| {
-                endpoint.ready
-                    && client.has_family(endpoint.address)
-                    && !tried.contains(&endpoint.address)
-            };
-            // A dual-stack Service lists every pod twice: once for each family.
-            let same_family = |endpoint: &Endpoint| {
-                endpoint.address.is_ipv4() == local.is_ipv4() && usable(endpoint)
-            };
-            let pick = |usable: &dyn Fn(&Endpoint) -> bool| {
-                self.loads.pick(&target.endpoints, usable, &mut rand::rng())
-            };
-            let Some(endpoint) = pick(&same_family).or_else(|| pick(&usable)) else {
-                break;
-            };
-            let load = self.loads.begin(endpoint.address);
-            tried.push(endpoint.address);
-            match self
-                .connect_to(pod, capture, snapshot, &origin, endpoint)
-                .await
-            {
-                Ok(upstream) => return Ok(Connected { upstream, load }),
-                Err(failure) if failure.may_go_elsewhere() => last = Some(failure),
-                Err(failure) => return Err(failure),
-            }
+    /// Closes the pod's tunnels and upstream connections when it is gone, as one that is kept would
+    /// keep its network namespace alive, and forgets what was kept for it alone.
+    fn clean_up_after(self: &Arc<Self>, pod: &EnrolledPod) {
+        let cookie = pod.netns_cookie();
+        if !self.watched.lock().insert(cookie) {
+            return;
         }
-        Err(last.unwrap_or_else(|| {
-            Failure::new(
-                FailureReason::NoEndpoint,
-                "no endpoint of the service is ready",
-            )
-        }))
+        let (gone, outbound) = (pod.gone().clone(), self.clone());
+        tokio::spawn(async move {
+            gone.cancelled().await;
+            outbound.upstreams.close_source(cookie);
+            outbound.tunnels.close_source(cookie);
+            outbound.destinations.forget_source(cookie);
+            outbound.watched.lock().remove(&cookie);
+        });
     }
 
     fn open(
@@ -190,9 +297,18 @@ impl Outbound {
             direction: Direction::Outbound,
             source: Party::of(&pod.workload(), peer),
             destination,
-            service: target.and_then(|target| target.service.clone()),
+            service: target.and_then(Target::service).cloned(),
             security: Security::Unknown,
             original_destination: local,
         })
     }
+}
+
+/// Requests of one connection may go to many endpoints; the connection itself counts with the first.
+fn settled(connection: &Connection, way: &Way) {
+    connection.update(|info| {
+        info.destination = way.party();
+        info.security = way.security();
+    });
+    connection.established();
 }

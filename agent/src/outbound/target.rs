@@ -3,41 +3,81 @@
 use std::net::SocketAddr;
 use std::sync::Arc;
 
-use crate::mesh::{Destination, Endpoint, ObjectName, Snapshot, Workload};
+use super::destinations::EndpointId;
+use super::http::Frontend;
+use crate::http::{Hint, hint};
+use crate::mesh::{Destination, ObjectName, Service, ServicePort, Snapshot, Workload};
 
 /// Where a connection may go.
-#[derive(Debug, Clone)]
-pub(super) struct Target {
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Target {
+    /// To an endpoint of a Service's port.
+    Service {
+        /// The Service whose address the client used.
+        service: Arc<Service>,
+        /// The port that it dialled.
+        port: ServicePort,
+    },
+    /// To this pod, ready or not: whoever dials a pod's address means that pod.
+    Pod(EndpointId),
+}
+
+impl Target {
     /// The Service whose address the client used.
-    pub(super) service: Option<ObjectName>,
-    /// Its endpoints, ready ones and others, or the one pod.
-    pub(super) endpoints: Arc<[Endpoint]>,
+    pub(super) fn service(&self) -> Option<&ObjectName> {
+        match self {
+            Self::Service { service, .. } => Some(&service.name),
+            Self::Pod(_) => None,
+        }
+    }
+
+    /// What the port says is spoken there.
+    pub(super) fn hint(&self, snapshot: &Snapshot) -> Hint {
+        match self {
+            Self::Service { port, .. } => hint(port.app_protocol.as_deref(), &port.name, false),
+            Self::Pod(endpoint) => {
+                let pod = pod_of(snapshot, endpoint);
+                let named = pod.into_iter().flat_map(|pod| &pod.named_ports);
+                let mut names = named.filter(|(_, number)| **number == endpoint.address.port());
+                names
+                    .next()
+                    .map_or(Hint::None, |(name, _)| hint(None, name, false))
+            }
+        }
+    }
+}
+
+impl From<Target> for Frontend {
+    fn from(target: Target) -> Self {
+        match target {
+            Target::Service { service, port } => Self::Service {
+                service: service.name.clone(),
+                port: port.port,
+            },
+            Target::Pod(endpoint) => Self::Pod(endpoint),
+        }
+    }
 }
 
 /// Resolves the destination of a captured connection. None if the mesh no longer knows it: the
 /// kernel learns of a removal a moment after the snapshot.
 pub(super) fn target(snapshot: &Snapshot, destination: SocketAddr) -> Option<Target> {
     match snapshot.resolve(destination) {
-        Destination::Service { service, port } => Some(Target {
-            service: Some(service.name.clone()),
-            endpoints: port.endpoints,
-        }),
-        Destination::Workload(workload) => Some(Target {
-            service: None,
-            // Whoever dials a pod's address means that pod, ready or not.
-            endpoints: Arc::new([Endpoint {
-                address: destination,
-                ready: true,
-                workload: Some(workload.uid.clone()),
-            }]),
-        }),
+        Destination::Service { service, port } => Some(Target::Service { service, port }),
+        Destination::Workload(workload) => Some(Target::Pod(EndpointId {
+            address: destination,
+            workload: Some(workload.uid.clone()),
+        })),
         Destination::Unknown => None,
     }
 }
 
 /// The pod behind an endpoint: the one that it names if that has this address, else the one that
 /// has it. Never a pod by name alone: what is authorized must be what is dialled.
-pub(super) fn pod_of<'a>(snapshot: &'a Snapshot, endpoint: &Endpoint) -> Option<&'a Arc<Workload>> {
+pub(super) fn pod_of<'a>(
+    snapshot: &'a Snapshot,
+    endpoint: &EndpointId,
+) -> Option<&'a Arc<Workload>> {
     let address = endpoint.address.ip();
     let named = endpoint.workload.as_ref();
     named
@@ -59,10 +99,9 @@ mod tests {
         snapshot
     }
 
-    fn endpoint(address: &str, uid: Option<&str>) -> Endpoint {
-        Endpoint {
+    fn endpoint(address: &str, uid: Option<&str>) -> EndpointId {
+        EndpointId {
             address: address.parse().unwrap(),
-            ready: true,
             workload: uid.map(|uid| WorkloadUid(uid.into())),
         }
     }
@@ -86,10 +125,9 @@ mod tests {
     #[test]
     fn who_dials_a_pod_gets_that_pod_even_while_it_is_not_ready() {
         let target = target(&mesh(), "10.0.0.1:9000".parse().unwrap()).unwrap();
-        assert_eq!(target.service, None);
         assert_eq!(
-            &*target.endpoints,
-            [endpoint("10.0.0.1:9000", Some("uid-web"))]
+            target,
+            Target::Pod(endpoint("10.0.0.1:9000", Some("uid-web")))
         );
     }
 

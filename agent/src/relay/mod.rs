@@ -10,6 +10,7 @@
 //! future resets them; only [`Ended::InOrder`] clears it.
 
 mod buffers;
+mod early;
 mod half;
 mod splice;
 mod tunnelled;
@@ -23,6 +24,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::telemetry::{ByteCount, End, FailureReason, Side};
 
+pub use early::{Early, relay_tcp_after, relay_tunnel_after};
 pub use tunnelled::relay_tunnel;
 
 /// One end of a relayed connection, as the agent stands between them.

@@ -325,6 +325,23 @@ impl<T: Target> Source<T> {
         Ok(Attempt::begin(Arc::clone(self), endpoint, probe, now))
     }
 
+    /// Takes this endpoint for an attempt that begins now, as a session wants it. None if it is not
+    /// there any more, or ejected.
+    pub fn pick_this(self: &Arc<Self>, target: &T, now: Timestamp) -> Option<Attempt<T>> {
+        self.state.seen(now);
+        let set = self.destination.set.load();
+        let endpoint = set.get(target)?;
+        if endpoint.is_ejected() || self.ejects(target) {
+            return None;
+        }
+        Some(Attempt::begin(
+            Arc::clone(self),
+            Arc::clone(endpoint),
+            None,
+            now,
+        ))
+    }
+
     /// A worker's own way to pick, for one that picks often and sees its attempts end itself.
     pub fn worker(&self) -> Worker<'_, T> {
         Worker {
@@ -405,7 +422,10 @@ pub struct Attempt<T: Target, S: Deref<Target = Source<T>> = Arc<Source<T>>> {
     source: S,
     endpoint: Arc<Endpoint<T>>,
     started: Timestamp,
+    /// How long the head of the answer took.
+    latency: Option<Duration>,
     probe: Option<Probe>,
+    settled: bool,
 }
 
 impl<T: Target, S: Deref<Target = Source<T>>> Attempt<T, S> {
@@ -416,7 +436,9 @@ impl<T: Target, S: Deref<Target = Source<T>>> Attempt<T, S> {
             source,
             endpoint,
             started: now,
+            latency: None,
             probe,
+            settled: false,
         }
     }
 
@@ -435,13 +457,32 @@ impl<T: Target, S: Deref<Target = Source<T>>> Attempt<T, S> {
         self.started
     }
 
+    /// The head of the answer has come, so the endpoint's latency is known. How long the rest takes
+    /// is a matter of its size, or of a stream that may be open for hours: it counts as load, but
+    /// nobody waits for it.
+    pub fn answered(&mut self, now: Timestamp) {
+        if self.latency.is_none() {
+            self.latency = Some(now.since(self.started));
+            self.endpoint.answered(now);
+        }
+    }
+
     /// Tells how it ended.
     pub fn finish(mut self, outcome: Outcome, now: Timestamp) {
+        self.settle(outcome, now);
+    }
+
+    /// Tells how it went while it is still under way, as with a stream that is served well so far.
+    /// It goes on counting as load until it is dropped; what is told of it later is not heard.
+    pub fn settle(&mut self, outcome: Outcome, now: Timestamp) {
+        if std::mem::replace(&mut self.settled, true) {
+            return;
+        }
         let verdict = outcome.of_endpoint();
         if verdict.is_some() {
             self.endpoint.progressed(now);
         }
-        let elapsed = now.since(self.started);
+        let elapsed = self.latency.unwrap_or_else(|| now.since(self.started));
         match (outcome, verdict) {
             // Nothing was learned of the endpoint's speed.
             (Outcome::Shed | Outcome::Unsent(_), None) => {}
@@ -471,7 +512,7 @@ impl<T: Target, S: Deref<Target = Source<T>>> Attempt<T, S> {
 
 impl<T: Target, S: Deref<Target = Source<T>>> Drop for Attempt<T, S> {
     fn drop(&mut self) {
-        self.endpoint.end();
+        self.endpoint.end(self.latency.is_some());
         self.source.destination.chooser.end();
         if let Some(probe) = self.probe.take() {
             self.source

@@ -53,9 +53,9 @@ impl<T> Member<T> {
 #[repr(C)]
 pub struct Endpoint<T> {
     pub(super) load: PeakEwma,
-    in_flight: AtomicU32,
+    under_way: UnderWay,
     weight: AtomicU32,
-    /// When an attempt last ended, or the first of those under way began.
+    /// When an attempt was last answered or ended, or the first of those that wait began.
     last_progress: AtomicU64,
     /// Slow start counts from here.
     warm_from: AtomicU64,
@@ -71,7 +71,7 @@ impl<T: Target> Endpoint<T> {
         Self {
             target: member.target.clone(),
             weight: AtomicU32::new(clamp_weight(member.weight)),
-            in_flight: AtomicU32::new(0),
+            under_way: UnderWay::default(),
             ejected: AtomicBool::new(false),
             last_progress: AtomicU64::new(now.as_nanos()),
             warm_from: AtomicU64::new(now.as_nanos()),
@@ -93,7 +93,7 @@ impl<T: Target> Endpoint<T> {
 
     /// Attempts under way to it from this node.
     pub fn in_flight(&self) -> u32 {
-        self.in_flight.load(Ordering::Relaxed)
+        self.under_way.count().0
     }
 
     /// Whether it is ejected for everybody.
@@ -125,31 +125,68 @@ impl<T: Target> Endpoint<T> {
     }
 
     pub(super) fn begin(&self, now: Timestamp) {
-        if self.in_flight.fetch_add(1, Ordering::Relaxed) == 0 {
+        if self.under_way.begin() == 0 {
             self.last_progress.store(now.as_nanos(), Ordering::Relaxed);
         }
+    }
+
+    pub(super) fn answered(&self, now: Timestamp) {
+        self.under_way.answered();
+        self.progressed(now);
     }
 
     pub(super) fn progressed(&self, now: Timestamp) {
         self.last_progress.store(now.as_nanos(), Ordering::Relaxed);
     }
 
-    pub(super) fn end(&self) {
-        self.in_flight.fetch_sub(1, Ordering::Relaxed);
+    pub(super) fn end(&self, was_answered: bool) {
+        self.under_way.end(was_answered);
     }
 
     /// What one more attempt would wait: latency times the attempts before it. An endpoint that
-    /// hangs has no latency to show yet, but it has not answered for so long.
+    /// hangs has no latency to show yet, but it has not answered for so long. Answers that are still
+    /// streaming keep nobody waiting.
     pub(super) fn cost(&self, now: Timestamp) -> f64 {
-        let in_flight = self.in_flight();
+        let (in_flight, waiting) = self.under_way.count();
         let mut latency = f64::from(self.load.nanos(now));
-        if in_flight > 0 {
+        if waiting > 0 {
             let silence = now
                 .as_nanos()
                 .saturating_sub(self.last_progress.load(Ordering::Relaxed));
             latency = latency.max(silence as f64);
         }
         (latency + 1.0) * f64::from(in_flight + 1) / f64::from(self.weight())
+    }
+}
+
+/// Attempts under way, and in the lower half those of them that wait for the head of an answer. One
+/// word, as both change with every attempt.
+#[derive(Debug, Default)]
+struct UnderWay(AtomicU64);
+
+impl UnderWay {
+    const ATTEMPT: u64 = 1 << 32;
+    const WAITING: u64 = 1;
+
+    /// One more; returns how many waited before.
+    fn begin(&self) -> u32 {
+        self.0
+            .fetch_add(Self::ATTEMPT | Self::WAITING, Ordering::Relaxed) as u32
+    }
+
+    fn answered(&self) {
+        self.0.fetch_sub(Self::WAITING, Ordering::Relaxed);
+    }
+
+    fn end(&self, was_answered: bool) {
+        let waiting = if was_answered { 0 } else { Self::WAITING };
+        self.0.fetch_sub(Self::ATTEMPT | waiting, Ordering::Relaxed);
+    }
+
+    /// All, and those that wait.
+    fn count(&self) -> (u32, u32) {
+        let both = self.0.load(Ordering::Relaxed);
+        ((both >> 32) as u32, both as u32)
     }
 }
 

@@ -313,6 +313,11 @@ impl Retries {
         due
     }
 
+    /// What has become of the body since: one that outgrew what is kept cannot be sent again.
+    pub const fn set_body(&mut self, body: Body) {
+        self.nature.body = body;
+    }
+
     /// Attempts granted beyond the first.
     pub const fn made(&self) -> u32 {
         self.made

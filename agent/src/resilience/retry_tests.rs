@@ -316,3 +316,24 @@ fn settings_out_of_range_are_named() {
         .collect();
     assert_eq!(fields, ["retries", "codes"]);
 }
+
+#[test]
+fn a_body_that_outgrew_what_is_kept_meanwhile_ends_the_retries() {
+    let budget = RetryBudget::new(&BudgetSettings::default());
+    let policy = RetryPolicy::of_route(2, Vec::new());
+    let nature = Nature {
+        method: Method::Safe,
+        body: Body::Buffered,
+    };
+    let mut rng = SmallRng::seed_from_u64(1);
+    let deadline = Deadline::at(Timestamp::NEVER);
+    let mut retries = Retries::begin(&budget, nature, deadline, Timestamp::ZERO);
+    let mut next = |retries: &mut Retries| {
+        let outcome = Outcome::Failure(Failure::Reset);
+        let facts = Facts::default();
+        retries.next(&policy, outcome, facts, &budget, &mut rng, Timestamp::ZERO)
+    };
+    assert!(matches!(next(&mut retries), Decision::Retry { .. }));
+    retries.set_body(Body::Streaming);
+    assert_eq!(next(&mut retries), Decision::Stop(Stop::NotRepeatable));
+}

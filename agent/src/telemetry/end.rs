@@ -93,6 +93,8 @@ pub enum FailureReason {
     NoRoute,
     /// The Service has no ready endpoint.
     NoEndpoint,
+    /// The destination's circuit breaker is open.
+    CircuitOpen,
     /// The endpoint refused the TCP connection.
     ConnectRefused,
     /// No endpoint answered within the connect timeout.
@@ -135,9 +137,10 @@ pub enum FailureReason {
 
 impl FailureReason {
     /// Every reason, in the order of their declaration.
-    pub const ALL: [Self; 21] = [
+    pub const ALL: [Self; 22] = [
         Self::NoRoute,
         Self::NoEndpoint,
+        Self::CircuitOpen,
         Self::ConnectRefused,
         Self::ConnectTimeout,
         Self::Unreachable,
@@ -165,6 +168,7 @@ impl FailureReason {
         match self {
             Self::NoRoute => "no_route",
             Self::NoEndpoint => "no_endpoint",
+            Self::CircuitOpen => "circuit_open",
             Self::ConnectRefused => "connect_refused",
             Self::ConnectTimeout => "connect_timeout",
             Self::Unreachable => "unreachable",

@@ -13,6 +13,7 @@
 mod client;
 mod error;
 mod headers;
+mod io;
 mod limits;
 mod liveness;
 mod pool;
@@ -22,6 +23,7 @@ mod stream;
 
 pub use error::{Refusal, ResetBy, ResetReason, Stage, StreamReset, TunnelError};
 pub use headers::{ConnectRequest, Forwarded};
+pub use io::TunnelIo;
 pub use limits::Limits;
 pub use liveness::Transport;
 pub use pool::{Pool, PoolOptions, TunnelKey, Tunnelled};

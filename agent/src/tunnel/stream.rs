@@ -1,14 +1,17 @@
 //! The two halves of a connection inside a tunnel.
 
 use std::future::poll_fn;
+use std::ops::Deref;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use bytes::Bytes;
 use h2::{Reason, RecvStream, SendStream};
 use parking_lot::Mutex;
+use tokio::time::Sleep;
 
 use super::error::{ResetReason, StreamReset};
 use super::limits::MAX_FRAME;
@@ -23,6 +26,14 @@ const STALLED_AFTER: Duration = Duration::from_millis(250);
 pub struct TunnelSend {
     stream: Arc<Stream>,
     ended: bool,
+    /// A write that waits for room, for the poll function; none while bytes flow.
+    waiting: Option<Box<Waiting>>,
+}
+
+/// Since when a write waits, until it counts as stalled.
+struct Waiting {
+    patience: Pin<Box<Sleep>>,
+    counted: Option<Counted<Stalled>>,
 }
 
 /// The half that brings bytes from the peer.
@@ -67,6 +78,7 @@ pub(super) fn halves(
         TunnelSend {
             stream: stream.clone(),
             ended: false,
+            waiting: None,
         },
         TunnelReceive {
             stream,
@@ -91,6 +103,48 @@ impl TunnelSend {
             sent.map_err(|error| self.why_closed(error))?;
         }
         Ok(())
+    }
+
+    /// Hands over as many of the bytes as there is room for, like [`TunnelSend::send`]: they are
+    /// copied into a frame. One task may wait here at a time.
+    pub fn poll_write(
+        &mut self,
+        cx: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<Result<usize, StreamReset>> {
+        if bytes.is_empty() {
+            return Poll::Ready(Ok(0));
+        }
+        let wanted = bytes.len().min(MAX_FRAME as usize);
+        self.stream.send.lock().reserve_capacity(wanted);
+        let room = match self.poll_room(cx) {
+            Poll::Ready(room) => room?,
+            Poll::Pending => {
+                self.wait(cx);
+                return Poll::Pending;
+            }
+        };
+        self.waiting = None;
+        let chunk = Bytes::copy_from_slice(&bytes[..room.min(wanted)]);
+        let written = chunk.len();
+        let sent = self.stream.send.lock().send_data(chunk, false);
+        Poll::Ready(
+            sent.map(|()| written)
+                .map_err(|error| self.why_closed(error)),
+        )
+    }
+
+    /// Counts the write as stalled once it has waited for long enough.
+    fn wait(&mut self, cx: &mut Context<'_>) {
+        let waiting = self.waiting.get_or_insert_with(|| {
+            Box::new(Waiting {
+                patience: Box::pin(tokio::time::sleep(STALLED_AFTER)),
+                counted: None,
+            })
+        });
+        if waiting.counted.is_none() && waiting.patience.as_mut().poll(cx).is_ready() {
+            waiting.counted = Some(Counted::new(self.stream.stalled.clone()));
+        }
     }
 
     /// Ends this direction in order (END_STREAM), after all that was sent. The other direction
@@ -129,7 +183,7 @@ impl TunnelSend {
                 return Ok(send.capacity());
             }
         }
-        let stalled = &self.stream.stalled;
+        let stalled = &*self.stream.stalled;
         let room = poll_fn(|cx| self.poll_room(cx));
         tokio::pin!(room);
         match tokio::time::timeout(STALLED_AFTER, &mut room).await {
@@ -184,22 +238,27 @@ impl TunnelReceive {
     ///
     /// The peer may send on only after [`TunnelReceive::release`].
     pub async fn data(&mut self) -> Option<Result<Bytes, StreamReset>> {
+        poll_fn(|cx| self.poll_data(cx)).await
+    }
+
+    /// [`TunnelReceive::data`], for those who poll.
+    pub fn poll_data(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Bytes, StreamReset>>> {
         while !self.ended {
-            let data = match self.receive.data().await {
+            let data = match ready!(self.receive.poll_data(cx)) {
                 Some(Ok(data)) => data,
-                Some(Err(error)) => return Some(Err(error.into())),
+                Some(Err(error)) => return Poll::Ready(Some(Err(error.into()))),
                 None => {
                     self.ended = true;
-                    return None;
+                    break;
                 }
             };
             // Noted now: the loss of the tunnel after END_STREAM takes nothing from this stream.
             self.ended = self.receive.is_end_stream();
             if !data.is_empty() {
-                return Some(Ok(data));
+                return Poll::Ready(Some(Ok(data)));
             }
         }
-        None
+        Poll::Ready(None)
     }
 
     /// Gives the peer back room for bytes that were written on. More than was received is
@@ -222,16 +281,16 @@ impl Drop for TunnelReceive {
     }
 }
 
-struct Counted<'a>(&'a AtomicUsize);
+struct Counted<C: Deref<Target = AtomicUsize>>(C);
 
-impl<'a> Counted<'a> {
-    fn new(counter: &'a AtomicUsize) -> Self {
+impl<C: Deref<Target = AtomicUsize>> Counted<C> {
+    fn new(counter: C) -> Self {
         counter.fetch_add(1, Ordering::Relaxed);
         Self(counter)
     }
 }
 
-impl Drop for Counted<'_> {
+impl<C: Deref<Target = AtomicUsize>> Drop for Counted<C> {
     fn drop(&mut self) {
         self.0.fetch_sub(1, Ordering::Relaxed);
     }

@@ -43,7 +43,7 @@ pub use traffic_policy::{
 use std::net::IpAddr;
 
 use super::object::Fault;
-use crate::mesh::{NAME_MAX, is_kubernetes_name, parse_duration};
+use crate::mesh::{NAME_MAX, is_kubernetes_name};
 
 /// A name that can stand in an identity, a path and a log line.
 pub(super) fn check_name(field: &str, name: &str) -> Result<(), Fault> {

@@ -73,6 +73,38 @@ fn an_endpoint_that_hangs_gets_no_more_than_a_few() {
 }
 
 #[test]
+fn a_stream_that_is_answered_and_stays_open_counts_as_load_but_not_as_a_wait() {
+    let mut bench = setup(2, Algorithm::PeakEwma);
+    let source = bench.source(1);
+    let mut streams: Vec<Attempt<u32>> = Vec::new();
+    for _ in 0..100 {
+        let mut stream = bench.pick(&source, &Ask::default());
+        bench.now = bench.now + MS;
+        stream.answered(bench.now);
+        streams.push(stream);
+        // An hour in which nothing ends would look like an endpoint that hangs.
+        bench.now = bench.now + 3_600_000 * MS;
+    }
+    for endpoint in bench.destination.endpoints() {
+        let load = endpoint.in_flight();
+        assert!((45..=55).contains(&load), "{load} of 100");
+    }
+    for mut stream in streams {
+        stream.settle(Outcome::Success, bench.now);
+        // Once told, it is no failure any more.
+        stream.finish(BAD, bench.now);
+    }
+    assert!(
+        bench
+            .destination
+            .endpoints()
+            .iter()
+            .all(|one| one.in_flight() == 0)
+    );
+    assert_eq!(bench.destination.ejector().ejected(), 0);
+}
+
+#[test]
 fn an_endpoint_that_fails_at_once_does_not_draw_traffic() {
     let ejection = EjectionSettings {
         consecutive_failures: None,
@@ -408,4 +440,23 @@ proptest! {
             prop_assert!(!ejected);
         }
     }
+}
+
+#[test]
+fn a_session_gets_its_endpoint_as_long_as_that_stands() {
+    let bench = setup(3, Algorithm::PeakEwma);
+    let source = bench.source(1);
+    for _ in 0..20 {
+        let attempt = source.pick_this(&1, bench.now).unwrap();
+        assert_eq!(*attempt.target(), 1);
+        attempt.finish(Outcome::Success, bench.now);
+    }
+    assert!(source.pick_this(&9, bench.now).is_none());
+    for _ in 0..5 {
+        let attempt = source.pick_this(&1, bench.now).unwrap();
+        attempt.finish(BAD, bench.now);
+    }
+    assert!(source.pick_this(&1, bench.now).is_none());
+    bench.destination.remove(&2, bench.now);
+    assert!(source.pick_this(&2, bench.now).is_none());
 }

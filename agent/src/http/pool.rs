@@ -1,0 +1,560 @@
+//! The upstream connections of a node: kept between requests, never shared between two pods.
+
+use std::collections::HashMap;
+use std::future::Future;
+use std::hash::{BuildHasher, RandomState};
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Weak};
+use std::time::Duration;
+
+use parking_lot::Mutex;
+use serde::Serialize;
+use tokio::sync::watch;
+use tokio::time::{Instant, MissedTickBehavior};
+
+use super::client::{Lease, SendError};
+use super::h1::{Condition, H1};
+use super::h2::{self, Fitness, H2};
+use super::io::HttpIo;
+use super::server::Wire;
+
+/// How a connection gets to its endpoint.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Way {
+    /// A stream of a HBONE tunnel.
+    Tunnel,
+    /// An admitted connection on this node.
+    SameNode,
+    /// A plain connection to a peer outside the mesh.
+    Plaintext,
+}
+
+/// Which connections can serve a request in each other's place.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct UpstreamKey {
+    /// Netns cookie of the source pod: two pods never share a connection.
+    pub source: u64,
+    /// Address and port of the app.
+    pub endpoint: SocketAddr,
+    /// The protocol spoken.
+    pub protocol: Wire,
+    /// How it gets there.
+    pub way: Way,
+}
+
+/// Bounds of a pool. Each holds on the node of the client.
+#[derive(Debug, Clone)]
+pub struct PoolLimits {
+    /// How long a HTTP/1 connection is kept without a request. Default 4 s: below the 5 s after
+    /// which Node.js, uvicorn and Apache close theirs, since a request that crosses such a close
+    /// cannot always be repeated.
+    pub idle: Duration,
+    /// How long a HTTP/2 connection is kept without a stream. Default 60 s.
+    pub idle_h2: Duration,
+    /// Idle HTTP/1 connections of one pod to one endpoint. Default 128; a further one is closed.
+    pub idle_per_key: usize,
+    /// Idle HTTP/1 connections in all. Default 8,192; a further one is closed.
+    pub idle_total: usize,
+    /// HTTP/2 connections of one pod to one endpoint, each for 100 streams. Default 8; beyond it
+    /// requests wait for a stream on one of them.
+    pub h2_per_key: usize,
+}
+
+impl Default for PoolLimits {
+    fn default() -> Self {
+        Self {
+            idle: Duration::from_secs(4),
+            idle_h2: h2::IDLE,
+            idle_per_key: 128,
+            idle_total: 8_192,
+            h2_per_key: 8,
+        }
+    }
+}
+
+/// Whatever has to live as long as a connection: a permit, a guard that counts.
+pub type Held = Box<dyn Send + Sync>;
+
+/// A fresh connection to an endpoint.
+pub struct Connected {
+    /// The connection.
+    pub io: HttpIo,
+    /// Dropped with the connection.
+    pub held: Option<Held>,
+}
+
+impl<IO: Into<HttpIo>> From<IO> for Connected {
+    fn from(io: IO) -> Self {
+        Self {
+            io: io.into(),
+            held: None,
+        }
+    }
+}
+
+/// The connections to one endpoint for one source.
+pub struct Upstreams {
+    limits: PoolLimits,
+    protocol: Wire,
+    state: Mutex<State>,
+    totals: Arc<Totals>,
+    /// Set when the source or the endpoint is gone: what comes back is closed.
+    closed: std::sync::atomic::AtomicBool,
+}
+
+#[derive(Default)]
+struct State {
+    /// The one used last is at the end, and is used next.
+    #[expect(
+        clippy::vec_box,
+        reason = "requests and the pool hand the same box to and fro"
+    )]
+    idle: Vec<Box<H1>>,
+    multiplexed: Vec<Arc<H2>>,
+    /// The HTTP/2 handshake that others wait for.
+    flight: Option<watch::Receiver<()>>,
+}
+
+#[derive(Debug, Default)]
+struct Totals {
+    idle: AtomicUsize,
+    created: AtomicU64,
+    reused: AtomicU64,
+    overflowed: AtomicU64,
+    expired: AtomicU64,
+    found_closed: AtomicU64,
+}
+
+/// Totals of a pool.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct PoolCounters {
+    /// Idle HTTP/1 connections now.
+    pub idle: usize,
+    /// Connections made.
+    pub created: u64,
+    /// Requests that found a connection.
+    pub reused: u64,
+    /// Connections closed because as many as allowed were idle.
+    pub overflowed: u64,
+    /// Connections closed because nobody used them.
+    pub expired: u64,
+    /// Idle connections that the upstream had closed.
+    pub found_closed: u64,
+}
+
+/// The connections of one key, for the admin endpoint.
+#[derive(Debug, Clone, Serialize)]
+pub struct PoolStatus {
+    /// Netns cookie of the source pod.
+    pub source: u64,
+    /// Address and port of the app.
+    pub endpoint: SocketAddr,
+    /// The protocol spoken.
+    pub protocol: Wire,
+    /// How it gets there.
+    pub way: Way,
+    /// Idle HTTP/1 connections.
+    pub idle: usize,
+    /// HTTP/2 connections.
+    pub multiplexed: usize,
+    /// Streams on them.
+    pub streams: usize,
+}
+
+impl Upstreams {
+    /// Connections of one owner, outside any pool: nobody looks after idle ones, so that they live
+    /// as long as their owner or their peer likes.
+    #[must_use]
+    pub fn new(protocol: Wire, limits: PoolLimits) -> Arc<Self> {
+        Self::counted(protocol, limits, Arc::default())
+    }
+
+    fn counted(protocol: Wire, limits: PoolLimits, totals: Arc<Totals>) -> Arc<Self> {
+        Arc::new(Self {
+            limits,
+            protocol,
+            state: Mutex::default(),
+            totals,
+            closed: std::sync::atomic::AtomicBool::new(false),
+        })
+    }
+
+    /// See [`UpstreamPool::get`].
+    pub async fn get<C, F, E>(self: &Arc<Self>, connect: C) -> Result<Lease, E>
+    where
+        C: FnOnce() -> F,
+        F: Future<Output = Result<Connected, E>>,
+        E: From<SendError>,
+    {
+        match self.protocol {
+            Wire::Http1 => match self.take_idle() {
+                Some(connection) => Ok((connection, self.clone()).into()),
+                None => self.connect_h1(connect().await?).await.map_err(E::from),
+            },
+            Wire::Http2 => self.get_h2(connect).await,
+        }
+    }
+
+    /// Keeps a connection that was made before anybody needed it.
+    pub async fn adopt(self: &Arc<Self>, connected: Connected) -> Result<(), SendError> {
+        match self.protocol {
+            Wire::Http1 => {
+                count(&self.totals.created);
+                self.take_back(new_h1(connected).await?);
+            }
+            Wire::Http2 => drop(self.connect_h2(connected).await?),
+        }
+        Ok(())
+    }
+
+    async fn connect_h1(self: &Arc<Self>, connected: Connected) -> Result<Lease, SendError> {
+        count(&self.totals.created);
+        let connection = new_h1(connected).await?;
+        Ok((connection, self.clone()).into())
+    }
+
+    async fn connect_h2(self: &Arc<Self>, connected: Connected) -> Result<Lease, SendError> {
+        count(&self.totals.created);
+        let connection = H2::new(connected)
+            .await
+            .map_err(|error| SendError::Reset(error.into()))?;
+        let place = connection.claim();
+        if self.is_closed() {
+            connection.retire();
+        } else {
+            self.state.lock().multiplexed.push(connection);
+        }
+        Ok(place.into())
+    }
+
+    /// Looks for an idle connection that is still good.
+    fn take_idle(&self) -> Option<Box<H1>> {
+        loop {
+            let mut connection = self.state.lock().idle.pop()?;
+            self.totals.idle.fetch_sub(1, Ordering::Relaxed);
+            match connection.condition() {
+                Condition::Free => {
+                    count(&self.totals.reused);
+                    return Some(connection);
+                }
+                Condition::Ended => {
+                    count(&self.totals.found_closed);
+                    tokio::spawn(connection.close());
+                }
+                Condition::Broken => count(&self.totals.found_closed),
+            }
+        }
+    }
+
+    /// A connection that can take another request.
+    pub(super) fn take_back(&self, mut connection: Box<H1>) {
+        connection.since = Instant::now();
+        let surplus = {
+            let mut state = self.state.lock();
+            let full = self.is_closed()
+                || state.idle.len() >= self.limits.idle_per_key
+                || self.totals.idle.load(Ordering::Relaxed) >= self.limits.idle_total;
+            if full {
+                Some(connection)
+            } else {
+                self.totals.idle.fetch_add(1, Ordering::Relaxed);
+                state.idle.push(connection);
+                None
+            }
+        };
+        if let Some(connection) = surplus {
+            count(&self.totals.overflowed);
+            tokio::spawn(connection.close());
+        }
+    }
+
+    async fn get_h2<C, F, E>(self: &Arc<Self>, connect: C) -> Result<Lease, E>
+    where
+        C: FnOnce() -> F,
+        F: Future<Output = Result<Connected, E>>,
+        E: From<SendError>,
+    {
+        let landed = {
+            let mut waited = false;
+            loop {
+                let mut flight = {
+                    let mut state = self.state.lock();
+                    if let Some(lease) = self.multiplex(&mut state) {
+                        return Ok(lease);
+                    }
+                    // Whoever has waited for another's handshake in vain makes its own.
+                    match state.flight.clone().filter(|_| !waited) {
+                        Some(flight) => flight,
+                        None => {
+                            let (landed, flight) = watch::channel(());
+                            state.flight = Some(flight);
+                            break landed;
+                        }
+                    }
+                };
+                waited = true;
+                // The sender goes away with its handshake, whatever came of it.
+                while flight.changed().await.is_ok() {}
+            }
+        };
+        let connected = connect().await;
+        let lease = match connected {
+            Ok(connected) => self.connect_h2(connected).await.map_err(E::from),
+            Err(error) => Err(error),
+        };
+        drop(landed);
+        self.state
+            .lock()
+            .flight
+            .take_if(|flight| flight.has_changed().is_err());
+        lease
+    }
+
+    /// A stream on a connection that has room, or on the least loaded if no more may be made.
+    fn multiplex(&self, state: &mut State) -> Option<Lease> {
+        state
+            .multiplexed
+            .retain(|connection| connection.fitness() != Fitness::Dead);
+        let room = state
+            .multiplexed
+            .iter()
+            .find(|connection| connection.fitness() == Fitness::Room);
+        let connection =
+            match room {
+                Some(connection) => connection,
+                None if state.multiplexed.len() >= self.limits.h2_per_key => state
+                    .multiplexed
+                    .iter()
+                    .min_by_key(|connection| connection.streams())?,
+                None => return None,
+            };
+        count(&self.totals.reused);
+        Some(connection.claim().into())
+    }
+
+    fn is_closed(&self) -> bool {
+        self.closed.load(Ordering::Acquire)
+    }
+
+    /// Closes what is idle, and whatever comes back later.
+    fn close(&self, cut: Cut) {
+        self.closed.store(true, Ordering::Release);
+        let state = std::mem::take(&mut *self.state.lock());
+        self.totals
+            .idle
+            .fetch_sub(state.idle.len(), Ordering::Relaxed);
+        for connection in state.idle {
+            match cut {
+                Cut::InOrder => drop(tokio::spawn(connection.close())),
+                Cut::AtOnce => drop(connection),
+            }
+        }
+        for connection in state.multiplexed {
+            match cut {
+                Cut::InOrder => connection.retire(),
+                Cut::AtOnce => connection.abort(),
+            }
+        }
+    }
+
+    /// Closes what has idled for too long or was closed by its peer.
+    fn sweep(&self, now: Instant) {
+        let (mut expired, mut dead) = (Vec::new(), Vec::new());
+        {
+            let mut state = self.state.lock();
+            let mut kept = Vec::with_capacity(state.idle.len());
+            for mut connection in state.idle.drain(..) {
+                match connection.condition() {
+                    Condition::Free if now.duration_since(connection.since) < self.limits.idle => {
+                        kept.push(connection);
+                    }
+                    Condition::Free | Condition::Ended => expired.push(connection),
+                    Condition::Broken => dead.push(connection),
+                }
+            }
+            state.idle = kept;
+            state.multiplexed.retain(|connection| {
+                let expired = connection
+                    .idle_since()
+                    .is_some_and(|since| now.duration_since(since) >= self.limits.idle_h2);
+                if expired {
+                    connection.retire();
+                    count(&self.totals.expired);
+                }
+                !expired && connection.fitness() != Fitness::Dead
+            });
+        }
+        self.totals
+            .idle
+            .fetch_sub(expired.len() + dead.len(), Ordering::Relaxed);
+        for connection in expired {
+            count(&self.totals.expired);
+            tokio::spawn(connection.close());
+        }
+    }
+
+    fn is_unused(&self) -> bool {
+        let state = self.state.lock();
+        state.idle.is_empty() && state.multiplexed.is_empty() && state.flight.is_none()
+    }
+}
+
+impl Drop for Upstreams {
+    fn drop(&mut self) {
+        let idle = self.state.get_mut().idle.len();
+        self.totals.idle.fetch_sub(idle, Ordering::Relaxed);
+    }
+}
+
+#[derive(Debug, Clone, Copy)]
+enum Cut {
+    InOrder,
+    AtOnce,
+}
+
+/// Keys are spread over so many maps, so that requests of different pods do not wait for each other.
+const SHARDS: usize = 64;
+
+type Shard = Mutex<HashMap<UpstreamKey, Arc<Upstreams>>>;
+
+/// Keeps the upstream connections of all local pods.
+pub struct UpstreamPool {
+    limits: PoolLimits,
+    shards: [Shard; SHARDS],
+    hasher: RandomState,
+    totals: Arc<Totals>,
+}
+
+impl UpstreamPool {
+    /// An empty pool, to be made on a tokio runtime: a task of its own closes what idles.
+    #[must_use]
+    pub fn new(limits: PoolLimits) -> Arc<Self> {
+        let pool = Arc::new(Self {
+            limits,
+            shards: std::array::from_fn(|_| Mutex::default()),
+            hasher: RandomState::new(),
+            totals: Arc::default(),
+        });
+        tokio::spawn(sweep(Arc::downgrade(&pool)));
+        pool
+    }
+
+    /// An idle HTTP/1 connection, or a HTTP/2 one with room, or a new one made by `connect`. Safe to
+    /// cancel.
+    pub async fn get<C, F, E>(&self, key: &UpstreamKey, connect: C) -> Result<Lease, E>
+    where
+        C: FnOnce() -> F,
+        F: Future<Output = Result<Connected, E>>,
+        E: From<SendError>,
+    {
+        self.upstreams(key).get(connect).await
+    }
+
+    /// The connections of a key.
+    #[must_use]
+    pub fn upstreams(&self, key: &UpstreamKey) -> Arc<Upstreams> {
+        let mut shard = self.shard(key).lock();
+        if let Some(upstreams) = shard.get(key) {
+            return upstreams.clone();
+        }
+        let upstreams = Upstreams::counted(key.protocol, self.limits.clone(), self.totals.clone());
+        shard.insert(key.clone(), upstreams.clone());
+        upstreams
+    }
+
+    /// Closes the connections of a pod at once: it is gone.
+    pub fn close_source(&self, netns_cookie: u64) {
+        self.close(Cut::AtOnce, |key| key.source == netns_cookie);
+    }
+
+    /// Closes the idle connections to an endpoint in order, and those in use after their requests:
+    /// it has left its Service.
+    pub fn close_endpoint(&self, endpoint: SocketAddr) {
+        self.close(Cut::InOrder, |key| key.endpoint == endpoint);
+    }
+
+    /// Totals.
+    #[must_use]
+    pub fn counters(&self) -> PoolCounters {
+        let load = |count: &AtomicU64| count.load(Ordering::Relaxed);
+        PoolCounters {
+            idle: self.totals.idle.load(Ordering::Relaxed),
+            created: load(&self.totals.created),
+            reused: load(&self.totals.reused),
+            overflowed: load(&self.totals.overflowed),
+            expired: load(&self.totals.expired),
+            found_closed: load(&self.totals.found_closed),
+        }
+    }
+
+    /// What is kept for each key.
+    #[must_use]
+    pub fn status(&self) -> Vec<PoolStatus> {
+        let mut all = Vec::new();
+        for shard in &self.shards {
+            all.extend(shard.lock().iter().map(|(key, upstreams)| {
+                let state = upstreams.state.lock();
+                let streams = state.multiplexed.iter().map(|h2| h2.streams());
+                PoolStatus {
+                    source: key.source,
+                    endpoint: key.endpoint,
+                    protocol: key.protocol,
+                    way: key.way,
+                    idle: state.idle.len(),
+                    multiplexed: state.multiplexed.len(),
+                    streams: streams.sum(),
+                }
+            }));
+        }
+        all
+    }
+
+    fn shard(&self, key: &UpstreamKey) -> &Shard {
+        let hash = self.hasher.hash_one(key);
+        &self.shards[(hash % SHARDS as u64) as usize]
+    }
+
+    fn close(&self, cut: Cut, which: impl Fn(&UpstreamKey) -> bool) {
+        for shard in &self.shards {
+            let gone: Vec<_> = shard.lock().extract_if(|key, _| which(key)).collect();
+            for (_, upstreams) in gone {
+                upstreams.close(cut);
+            }
+        }
+    }
+}
+
+/// Idle connections are looked at so often: a peer's close is noticed by then at the latest.
+const SWEEP: Duration = Duration::from_secs(1);
+
+async fn sweep(pool: Weak<UpstreamPool>) {
+    let mut ticks = tokio::time::interval(SWEEP);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        let now = ticks.tick().await;
+        let Some(pool) = pool.upgrade() else {
+            return;
+        };
+        for shard in &pool.shards {
+            let all: Vec<_> = shard.lock().values().cloned().collect();
+            for upstreams in all {
+                upstreams.sweep(now);
+            }
+            // One that a request holds is about to be used.
+            shard
+                .lock()
+                .retain(|_, upstreams| Arc::strong_count(upstreams) > 1 || !upstreams.is_unused());
+        }
+    }
+}
+
+async fn new_h1(connected: Connected) -> Result<Box<H1>, SendError> {
+    let made = H1::new(connected).await;
+    made.map_err(|error| SendError::Reset(error.into()))
+}
+
+fn count(counter: &AtomicU64) {
+    counter.fetch_add(1, Ordering::Relaxed);
+}

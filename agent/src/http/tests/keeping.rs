@@ -1,0 +1,237 @@
+//! What the pool keeps, and what a body that is sent again looks like.
+
+use bytes::Bytes;
+use http_body_util::BodyExt;
+
+use super::*;
+use crate::resilience::retry;
+
+const OK: &str = "HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok";
+
+fn get() -> Request<ReplayBody> {
+    Request::builder()
+        .uri("/")
+        .header("host", "shop")
+        .body(ReplayBody::empty())
+        .unwrap()
+}
+
+async fn lease(pool: &UpstreamPool, key: &UpstreamKey) -> Lease {
+    let connect = || dial(key.endpoint);
+    timeout(FAR, pool.get(key, connect)).await.unwrap().unwrap()
+}
+
+async fn fetch(pool: &UpstreamPool, key: &UpstreamKey) -> Bytes {
+    let answer = lease(pool, key).await.send(get()).await.unwrap();
+    answer.into_body().collect().await.unwrap().to_bytes()
+}
+
+#[tokio::test]
+async fn pods_never_share_a_connection() {
+    let upstream = Upstream::answering(OK).await;
+    let pool = UpstreamPool::new(PoolLimits::default());
+    let mine = key(upstream.address, Wire::Http1);
+    let others = UpstreamKey {
+        source: POD + 1,
+        ..mine.clone()
+    };
+    for key in [&mine, &others, &mine, &others] {
+        assert_eq!(fetch(&pool, key).await, "ok");
+    }
+    assert_eq!(upstream.connections(), 2);
+    assert_eq!(pool.counters().reused, 2);
+}
+
+#[tokio::test]
+async fn a_connection_that_the_upstream_has_closed_is_not_used_again() {
+    let upstream = Upstream::new(|mut stream| async move {
+        read_head(&mut stream).await;
+        stream.write_all(OK.as_bytes()).await.unwrap();
+        stream.shutdown().await.unwrap();
+    })
+    .await;
+    let pool = UpstreamPool::new(PoolLimits::default());
+    let key = key(upstream.address, Wire::Http1);
+    for round in 1..=3 {
+        let lease = lease(&pool, &key).await;
+        assert!(!lease.is_reused());
+        lease.send(get()).await.unwrap();
+        assert_eq!(upstream.connections(), round);
+        // The kernel has to have delivered the close.
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+}
+
+#[tokio::test]
+async fn an_answer_that_is_dropped_halfway_takes_its_connection_with_it() {
+    let (sender, mut heard) = mpsc::unbounded_channel();
+    let upstream = Upstream::new(move |mut stream| {
+        let sender = sender.clone();
+        async move {
+            read_head(&mut stream).await;
+            let answer = b"HTTP/1.1 200 OK\r\ncontent-length: 10\r\n\r\nhalf";
+            stream.write_all(answer).await.unwrap();
+            let (_, ended) = read_all(&mut stream).await;
+            sender.send(ended.map_err(|error| error.kind())).unwrap();
+        }
+    })
+    .await;
+    let pool = UpstreamPool::new(PoolLimits::default());
+    let key = key(upstream.address, Wire::Http1);
+    drop(lease(&pool, &key).await.send(get()).await.unwrap());
+    let ended = timeout(FAR, heard.recv()).await.unwrap().unwrap();
+    assert_eq!(ended, Err(std::io::ErrorKind::ConnectionReset));
+    assert_eq!(pool.counters().idle, 0);
+}
+
+#[tokio::test]
+async fn idle_connections_are_bounded_and_expire() {
+    let upstream = Upstream::answering(OK).await;
+    let limits = PoolLimits {
+        idle: Duration::from_millis(300),
+        idle_per_key: 2,
+        ..PoolLimits::default()
+    };
+    let pool = UpstreamPool::new(limits);
+    let key = key(upstream.address, Wire::Http1);
+    let mut leases = Vec::new();
+    for _ in 0..4 {
+        leases.push(lease(&pool, &key).await);
+    }
+    for lease in leases {
+        let answer = lease.send(get()).await.unwrap();
+        answer.into_body().collect().await.unwrap();
+    }
+    assert_eq!(pool.counters().idle, 2);
+    assert_eq!(pool.counters().overflowed, 2);
+    eventually("idle ones expire", || pool.counters().expired == 2).await;
+    assert_eq!(pool.counters().idle, 0);
+    eventually("nothing is left of the key", || pool.status().is_empty()).await;
+}
+
+#[tokio::test]
+async fn a_pod_that_is_gone_loses_its_connections_at_once() {
+    let (sender, mut heard) = mpsc::unbounded_channel();
+    let upstream = Upstream::new(move |mut stream| {
+        let sender = sender.clone();
+        async move {
+            read_head(&mut stream).await;
+            stream.write_all(OK.as_bytes()).await.unwrap();
+            let (_, ended) = read_all(&mut stream).await;
+            sender.send(ended.is_err()).unwrap();
+        }
+    })
+    .await;
+    let pool = UpstreamPool::new(PoolLimits::default());
+    let key = key(upstream.address, Wire::Http1);
+    fetch(&pool, &key).await;
+    pool.close_source(POD);
+    assert!(timeout(FAR, heard.recv()).await.unwrap().unwrap());
+    assert_eq!(pool.counters().idle, 0);
+}
+
+#[tokio::test]
+async fn an_endpoint_that_leaves_has_its_idle_connections_closed_in_order() {
+    let (sender, mut heard) = mpsc::unbounded_channel();
+    let upstream = Upstream::new(move |mut stream| {
+        let sender = sender.clone();
+        async move {
+            read_head(&mut stream).await;
+            stream.write_all(OK.as_bytes()).await.unwrap();
+            let (_, ended) = read_all(&mut stream).await;
+            sender.send(ended.is_ok()).unwrap();
+        }
+    })
+    .await;
+    let pool = UpstreamPool::new(PoolLimits::default());
+    let key = key(upstream.address, Wire::Http1);
+    fetch(&pool, &key).await;
+    pool.close_endpoint(upstream.address);
+    assert!(timeout(FAR, heard.recv()).await.unwrap().unwrap());
+}
+
+#[tokio::test]
+async fn a_malformed_answer_and_a_lost_one_are_told_apart() {
+    for (answer, expected) in [("garbage\r\n\r\n", "Malformed"), ("", "Reset")] {
+        let upstream = Upstream::new(move |mut stream| async move {
+            read_head(&mut stream).await;
+            stream.write_all(answer.as_bytes()).await.unwrap();
+        })
+        .await;
+        let pool = UpstreamPool::new(PoolLimits::default());
+        let key = key(upstream.address, Wire::Http1);
+        let error = lease(&pool, &key).await.send(get()).await.err().unwrap();
+        assert!(format!("{error:?}").starts_with(expected), "{error:?}");
+    }
+}
+
+/// A body as it comes from a client's connection.
+async fn incoming(chunks: &'static [&'static str]) -> (Incoming, TcpStream) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let (sender, mut requests) = mpsc::unbounded_channel::<Request<Incoming>>();
+    tokio::spawn(async move {
+        let (stream, _) = listener.accept().await.unwrap();
+        let counters = Arc::new(HttpCounters::default());
+        let context = ServerContext {
+            limits: &ServerLimits::default(),
+            counters: &counters,
+            bytes: Arc::new(ByteCount::default()),
+        };
+        let service = move |request| {
+            sender.send(request).unwrap();
+            std::future::pending()
+        };
+        let never = CancellationToken::new();
+        serve_http(stream.into(), Wire::Http1, context, service, &never, &never).await;
+    });
+    let mut client = TcpStream::connect(address).await.unwrap();
+    let head = b"POST / HTTP/1.1\r\nhost: shop\r\ntransfer-encoding: chunked\r\n\r\n";
+    client.write_all(head).await.unwrap();
+    for chunk in chunks {
+        let chunk = format!("{:x}\r\n{chunk}\r\n", chunk.len());
+        client.write_all(chunk.as_bytes()).await.unwrap();
+    }
+    let request = timeout(FAR, requests.recv()).await.unwrap().unwrap();
+    (request.into_body(), client)
+}
+
+#[tokio::test]
+async fn a_body_is_sent_again_byte_by_byte_also_if_it_was_taken_in_part() {
+    let (body, mut client) = incoming(&["first ", "second "]).await;
+    let replay = Replay::new(body, 1024);
+    let mut attempt = replay.attempt();
+    let mut seen = Vec::new();
+    while seen.len() < 6 {
+        let frame = timeout(FAR, attempt.frame()).await.unwrap().unwrap();
+        seen.extend_from_slice(&frame.unwrap().into_data().unwrap());
+    }
+    assert_eq!(replay.nature(), retry::Body::Buffered);
+    assert!(!replay.is_whole());
+    let again = replay.attempt();
+    // The earlier attempt gets no more of it.
+    let error = attempt.frame().await.unwrap().unwrap_err();
+    assert!(matches!(error, BodyError::Superseded));
+    client.write_all(b"5\r\nthird\r\n0\r\n\r\n").await.unwrap();
+    let whole = timeout(FAR, again.collect()).await.unwrap().unwrap();
+    assert_eq!(whole.to_bytes(), "first second third");
+    assert!(replay.is_whole());
+    let third = replay.attempt().collect().await.unwrap();
+    assert_eq!(third.to_bytes(), "first second third");
+}
+
+#[tokio::test]
+async fn a_body_that_outgrows_its_room_streams_on_and_is_not_sent_again() {
+    let (body, mut client) = incoming(&["0123456789"]).await;
+    let replay = Replay::new(body, 15);
+    let mut attempt = replay.attempt();
+    let first = timeout(FAR, attempt.frame()).await.unwrap().unwrap();
+    assert_eq!(first.unwrap().into_data().unwrap(), "0123456789");
+    assert_eq!(replay.nature(), retry::Body::Buffered);
+    client.write_all(b"6\r\nabcdef\r\n0\r\n\r\n").await.unwrap();
+    let rest = timeout(FAR, attempt.collect()).await.unwrap().unwrap();
+    assert_eq!(rest.to_bytes(), "abcdef");
+    assert_eq!(replay.nature(), retry::Body::Streaming);
+    let error = replay.attempt().frame().await.unwrap().unwrap_err();
+    assert!(matches!(error, BodyError::NotKept));
+}

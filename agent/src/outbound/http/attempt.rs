@@ -1,0 +1,557 @@
+//! Attempts of one request, until one is answered for good.
+
+use std::net::SocketAddr;
+use std::pin::Pin;
+use std::task::Poll;
+use std::time::Duration;
+
+use bytes::Bytes;
+use http::header::RETRY_AFTER;
+use http::{HeaderMap, Response, Version, response};
+use hyper::body::{Body as _, Frame};
+use tokio::time::{sleep, timeout};
+
+use super::admit::Admission;
+use super::answer;
+use super::leg::{Leg, To};
+use super::refusal::Refusal;
+use super::request::{Kind, Outgoing};
+use super::view::View;
+use super::{Client, Network};
+use crate::http::{Lease, SendError, UpstreamBody, UpstreamKey, Way as KeyWay, Wire};
+use crate::mesh::TrafficPolicy;
+use crate::outbound::connect::{Failure, Way};
+use crate::outbound::destinations::EndpointId;
+use crate::outbound::path::Path;
+use crate::resilience::budget::{BudgetSpent, Deposit, Purse, Share};
+use crate::resilience::destination::{Ask, Attempt, Probing};
+use crate::resilience::fallback::Trouble;
+use crate::resilience::retry::{Body, Decision, Facts, Method, Nature, Stop};
+use crate::resilience::{self, Outcome, Retries, RetryBudget, Timestamp, Unsent};
+use crate::telemetry::{AttemptView, FailureReason, RequestEvent};
+
+/// The answer that the client gets.
+pub(super) struct Answered {
+    pub(super) head: response::Parts,
+    pub(super) body: UpstreamBody,
+    /// What was looked at of the body already.
+    pub(super) first: Option<Frame<Bytes>>,
+    pub(super) endpoint: SocketAddr,
+    /// How it went; none if the trailers will tell.
+    pub(super) outcome: Option<Outcome>,
+    /// Why there was no further attempt, if it went badly.
+    pub(super) stop: Option<Stop>,
+    pub(super) attempt: Option<Attempt<EndpointId>>,
+}
+
+/// No attempt was answered.
+pub(super) struct Failed {
+    pub(super) refusal: Refusal,
+    /// What it says about the destination.
+    pub(super) outcome: Outcome,
+    pub(super) trouble: Option<Trouble>,
+}
+
+/// Why one attempt was not answered.
+pub(super) enum AttemptError {
+    /// No connection.
+    Connect(Failure),
+    /// On a connection, which had served others before, or not.
+    Send { error: SendError, reused: bool },
+    /// It took too long.
+    Late,
+}
+
+impl From<Failure> for AttemptError {
+    fn from(failure: Failure) -> Self {
+        Self::Connect(failure)
+    }
+}
+
+impl From<SendError> for AttemptError {
+    /// Of a connection that broke while it was made.
+    fn from(_: SendError) -> Self {
+        Self::Connect(Failure::of_endpoint(
+            FailureReason::ConnectRefused,
+            "the connection broke at once",
+        ))
+    }
+}
+
+/// What an attempt came to.
+struct Ended {
+    answer: Option<Answer>,
+    /// What it says about the endpoint.
+    verdict: Outcome,
+    /// What it is for retries.
+    retry: Outcome,
+    retry_after: Option<Duration>,
+    /// What the client is told if there is no other.
+    refusal: Refusal,
+}
+
+/// An answer that was not passed on yet.
+struct Answer {
+    head: response::Parts,
+    body: UpstreamBody,
+    first: Option<Frame<Bytes>>,
+    /// None if the trailers will tell.
+    outcome: Option<Outcome>,
+}
+
+/// Makes attempts within the policy, the budget and the deadline.
+pub(super) async fn attempts<N: Network>(
+    client: &Client<N>,
+    view: &View,
+    leg: &Leg,
+    session: Option<SocketAddr>,
+    request: &mut Outgoing,
+    admission: &Admission,
+) -> Result<Answered, Failed> {
+    let clock = client.engine.clock();
+    let purse = match &leg.to {
+        To::Service(to) => Budget::Service(to.endpoints.budget()),
+        To::Pod(_, budget) => Budget::Pod(budget),
+        To::Nowhere => return Err(no_endpoint()),
+    };
+    let nature = Nature {
+        method: request.method(),
+        body: request.body.nature(),
+    };
+    let mut retries = Retries::begin(&purse, nature, request.deadline, clock.now());
+    let mut tried: Vec<EndpointId> = Vec::new();
+    let mut waited = Duration::ZERO;
+    loop {
+        let may_probe = !admission.is_probe() && retries.can_repeat(&leg.retry);
+        let probing = match may_probe {
+            true => Probing::Allowed,
+            false => Probing::Forbidden,
+        };
+        let session = session.filter(|_| tried.is_empty());
+        let picked = pick(client, view, leg, request, session, &tried, probing);
+        let Some(mut picked) = picked else {
+            return Err(no_endpoint());
+        };
+        let endpoint = picked.endpoint().clone();
+        let began = clock.now();
+        let mut connecting = Duration::ZERO;
+        let sent = {
+            let limit = leg.timeouts.attempt(request.deadline, began);
+            let number = retries.made() + 1;
+            let attempt = send(
+                client,
+                view,
+                leg,
+                request,
+                &endpoint,
+                number,
+                &mut connecting,
+            );
+            within(limit, attempt).await
+        };
+        let now = clock.now();
+        if sent.is_ok() {
+            picked.answered(now);
+        }
+        let ended = judge(leg, request, sent, now).await;
+        request.record.attempt(AttemptView {
+            endpoint: Some(endpoint.address),
+            outcome: ended.verdict.label(),
+            status: ended
+                .answer
+                .as_ref()
+                .map(|answer| answer.head.status.as_u16()),
+            waited,
+            connect: connecting,
+            took: now.since(began).saturating_sub(connecting),
+        });
+        let decision = match ended.retry {
+            Outcome::Success => Decision::Stop(Stop::Done),
+            outcome => {
+                retries.set_body(request.body.nature());
+                let facts = Facts {
+                    retry_after: ended.retry_after,
+                    ..Facts::default()
+                };
+                let rng = &mut rand::rng();
+                retries.next(&leg.retry, outcome, facts, &purse, rng, clock.now())
+            }
+        };
+        match decision {
+            Decision::Retry { after } => {
+                picked.finish(ended.verdict, clock.now());
+                request.record.event(RequestEvent::RetryGranted);
+                if let Some(answer) = ended.answer {
+                    answer::discard(answer.body);
+                }
+                tried.push(endpoint);
+                waited = after;
+                sleep(after).await;
+            }
+            Decision::Stop(stop) => {
+                if let Some(event) = refused(stop) {
+                    request.record.event(event);
+                }
+                let failed = ended.retry != Outcome::Success;
+                let Some(answer) = ended.answer else {
+                    picked.finish(ended.verdict, clock.now());
+                    return Err(Failed {
+                        refusal: ended.refusal,
+                        outcome: ended.verdict,
+                        trouble: Some(Trouble::Failed(stop)),
+                    });
+                };
+                return Ok(Answered {
+                    head: answer.head,
+                    body: answer.body,
+                    first: answer.first,
+                    endpoint: endpoint.address,
+                    outcome: answer.outcome,
+                    stop: failed.then_some(stop),
+                    attempt: picked.into_attempt(),
+                });
+            }
+        }
+    }
+}
+
+/// Sends one attempt, and waits for the head of its answer.
+async fn send<N: Network>(
+    client: &Client<N>,
+    view: &View,
+    leg: &Leg,
+    request: &mut Outgoing,
+    endpoint: &EndpointId,
+    number: u32,
+    connecting: &mut Duration,
+) -> Result<Response<UpstreamBody>, AttemptError> {
+    let clock = client.engine.clock();
+    let way = view.way(client, endpoint)?;
+    request
+        .record
+        .endpoint(way.endpoint, way.workload.as_ref(), way.security());
+    let began = clock.now();
+    let limit = leg.timeouts.connect(request.deadline, began);
+    let lease = lease(client, leg, &way, request.head.version, limit).await;
+    let connected = clock.now();
+    *connecting = connected.since(began);
+    let lease = lease?;
+    client.network.reached(&way);
+    let reused = lease.is_reused();
+    let attempt = request.attempt(request.body.attempt(), number, connected);
+    let sent = lease.send(attempt).await;
+    sent.map_err(|error| AttemptError::Send { error, reused })
+}
+
+/// A connection for a request in this version of HTTP: one of the pod's that is free, or a new one.
+pub(super) async fn lease<N: Network>(
+    client: &Client<N>,
+    leg: &Leg,
+    way: &Way,
+    version: Version,
+    limit: Duration,
+) -> Result<Lease, AttemptError> {
+    let key = UpstreamKey {
+        source: client.caller.source.0,
+        endpoint: way.endpoint,
+        protocol: match version {
+            Version::HTTP_2 => Wire::Http2,
+            _ => Wire::Http1,
+        },
+        way: kind_of(way),
+    };
+    let connect = || async {
+        let connected = client.network.open(way, leg.service.as_ref(), limit).await;
+        Ok::<_, AttemptError>(connected?.into())
+    };
+    client.engine.pool.get(&key, connect).await
+}
+
+fn kind_of(way: &Way) -> KeyWay {
+    match way.path {
+        Path::SameNode => KeyWay::SameNode,
+        Path::Tunnel(_) => KeyWay::Tunnel,
+        Path::Plaintext => KeyWay::Plaintext,
+    }
+}
+
+async fn within<F>(
+    limit: Option<Duration>,
+    attempt: F,
+) -> Result<Response<UpstreamBody>, AttemptError>
+where
+    F: Future<Output = Result<Response<UpstreamBody>, AttemptError>>,
+{
+    match limit {
+        Some(limit) => timeout(limit, attempt)
+            .await
+            .unwrap_or(Err(AttemptError::Late)),
+        None => attempt.await,
+    }
+}
+
+/// What an attempt came to.
+async fn judge(
+    leg: &Leg,
+    request: &mut Outgoing,
+    sent: Result<Response<UpstreamBody>, AttemptError>,
+    now: Timestamp,
+) -> Ended {
+    match sent {
+        Ok(response) => answered(leg, request, response).await,
+        Err(AttemptError::Late) => {
+            let outcome = Outcome::Failure(resilience::Failure::Timeout);
+            let refusal = match request.deadline.left(now) {
+                Some(Duration::ZERO) => Refusal::RequestTimeout,
+                _ => Refusal::Failed(outcome),
+            };
+            Ended::without_answer(outcome, outcome, refusal)
+        }
+        Err(AttemptError::Connect(failure)) => {
+            request.record.detail(&failure.detail);
+            let verdict = failure.outcome();
+            let refusal = match failure.reason {
+                FailureReason::Denied => Refusal::Denied,
+                FailureReason::Overload => Refusal::Overload,
+                _ => Refusal::Failed(Outcome::Unsent(Unsent::ConnectFailed)),
+            };
+            let retry = match failure.may_go_elsewhere() {
+                true => Outcome::Unsent(Unsent::ConnectFailed),
+                false => verdict,
+            };
+            Ended::without_answer(verdict, retry, refusal)
+        }
+        Err(AttemptError::Send { error, reused }) => {
+            request
+                .record
+                .detail(&crate::telemetry::error_chain(&error));
+            let outcome = error.outcome();
+            // A connection that others had used before may have been closed by the server just as
+            // this request came: RFC 9110 section 9.2.2 lets what is idempotent be sent again then,
+            // and nobody has failed.
+            let crossed = reused
+                && outcome == Outcome::Failure(resilience::Failure::Reset)
+                && request.method() != Method::Other
+                && request.body.nature() != Body::Streaming;
+            let verdict = match crossed {
+                true => Outcome::Unsent(Unsent::GoingAway),
+                false => outcome,
+            };
+            Ended::without_answer(verdict, verdict, Refusal::Failed(outcome))
+        }
+    }
+}
+
+async fn answered(leg: &Leg, request: &mut Outgoing, response: Response<UpstreamBody>) -> Ended {
+    let policy = &leg.policy;
+    let (head, mut body) = response.into_parts();
+    let mut first = None;
+    let mut outcome = match request.kind {
+        Kind::Http => Some(policy.settings.http.classify(head.status.as_u16())),
+        Kind::Grpc => of_grpc_head(policy, &head),
+    };
+    if outcome.is_none() {
+        // An error mostly comes as trailers right behind the head. What is there is looked at, and
+        // nothing is waited for: a client may wait for the head before it says any more.
+        match look(&mut body).await {
+            Poll::Ready(Some(Ok(frame))) => {
+                if let Some(trailers) = frame.trailers_ref() {
+                    outcome = Some(of_grpc_trailers(policy, Some(trailers)));
+                }
+                first = Some(frame);
+            }
+            Poll::Ready(None) => outcome = Some(of_grpc_trailers(policy, None)),
+            Poll::Ready(Some(Err(error))) => {
+                request
+                    .record
+                    .detail(&crate::telemetry::error_chain(&error));
+                let outcome = Outcome::Failure(resilience::Failure::Reset);
+                return Ended::without_answer(outcome, outcome, Refusal::Failed(outcome));
+            }
+            Poll::Pending => {}
+        }
+    }
+    // A stream that has not said how it ends goes well so far.
+    let known = outcome.unwrap_or(Outcome::Success);
+    Ended {
+        verdict: known,
+        retry: known,
+        retry_after: retry_after(&head.headers),
+        refusal: Refusal::Failed(known),
+        answer: Some(Answer {
+            head,
+            body,
+            first,
+            outcome,
+        }),
+    }
+}
+
+/// `grpc-status` in the head is a trailers-only answer. None if the trailers are still to come.
+fn of_grpc_head(policy: &TrafficPolicy, head: &response::Parts) -> Option<Outcome> {
+    match grpc_status(&head.headers) {
+        Some(status) => Some(policy.settings.grpc.classify(status)),
+        None if head.status != http::StatusCode::OK => {
+            Some(policy.settings.http.classify(head.status.as_u16()))
+        }
+        None => None,
+    }
+}
+
+/// What the end of a gRPC answer says. One without a status is UNKNOWN to every client.
+pub(super) fn of_grpc_trailers(policy: &TrafficPolicy, trailers: Option<&HeaderMap>) -> Outcome {
+    let status = trailers.and_then(grpc_status);
+    let status = status.unwrap_or(resilience::outcome::grpc::UNKNOWN);
+    policy.settings.grpc.classify(status)
+}
+
+pub(super) fn grpc_status(headers: &HeaderMap) -> Option<u8> {
+    let status = headers.get("grpc-status")?;
+    // What is no number is no status that anybody knows.
+    let number = status.to_str().ok().and_then(|text| text.parse().ok());
+    Some(number.unwrap_or(resilience::outcome::grpc::UNKNOWN))
+}
+
+/// `Retry-After`, in seconds or as a date (RFC 9110 section 10.2.3).
+fn retry_after(headers: &HeaderMap) -> Option<Duration> {
+    let value = headers.get(RETRY_AFTER)?.to_str().ok()?;
+    if let Ok(seconds) = value.parse() {
+        return Some(Duration::from_secs(seconds));
+    }
+    let date = httpdate::parse_http_date(value).ok()?;
+    Some(
+        date.duration_since(std::time::SystemTime::now())
+            .unwrap_or_default(),
+    )
+}
+
+/// The next frame of a body, if it is there.
+async fn look(
+    body: &mut UpstreamBody,
+) -> Poll<Option<Result<Frame<Bytes>, crate::http::BodyError>>> {
+    std::future::poll_fn(|cx| Poll::Ready(Pin::new(&mut *body).poll_frame(cx))).await
+}
+
+impl Ended {
+    fn without_answer(verdict: Outcome, retry: Outcome, refusal: Refusal) -> Self {
+        Self {
+            answer: None,
+            verdict,
+            retry,
+            retry_after: None,
+            refusal,
+        }
+    }
+}
+
+/// Where an attempt goes.
+enum Picked {
+    Balanced(Attempt<EndpointId>),
+    /// The one pod that was dialled.
+    Pod(EndpointId),
+}
+
+impl Picked {
+    fn endpoint(&self) -> &EndpointId {
+        match self {
+            Self::Balanced(attempt) => attempt.target(),
+            Self::Pod(endpoint) => endpoint,
+        }
+    }
+
+    fn answered(&mut self, now: Timestamp) {
+        if let Self::Balanced(attempt) = self {
+            attempt.answered(now);
+        }
+    }
+
+    fn finish(self, outcome: Outcome, now: Timestamp) {
+        if let Self::Balanced(attempt) = self {
+            attempt.finish(outcome, now);
+        }
+    }
+
+    fn into_attempt(self) -> Option<Attempt<EndpointId>> {
+        match self {
+            Self::Balanced(attempt) => Some(attempt),
+            Self::Pod(_) => None,
+        }
+    }
+}
+
+fn pick<N: Network>(
+    client: &Client<N>,
+    view: &View,
+    leg: &Leg,
+    request: &Outgoing,
+    session: Option<SocketAddr>,
+    tried: &[EndpointId],
+    probing: Probing,
+) -> Option<Picked> {
+    let to = match &leg.to {
+        To::Service(to) => to,
+        To::Pod(endpoint, _) => return Some(Picked::Pod(endpoint.clone())),
+        To::Nowhere => return None,
+    };
+    let now = client.engine.clock().now();
+    let with_session = session.and_then(|address| {
+        let endpoint = view.endpoint_at(to.destination.id(), address)?;
+        to.endpoints.pick_this(&endpoint, now)
+    });
+    if let Some(attempt) = with_session {
+        return Some(Picked::Balanced(attempt));
+    }
+    let hash = &leg.policy.hash;
+    let hash = hash
+        .iter()
+        .find_map(|key| key.of(&request.head.headers, client.caller.source.0));
+    let ask = Ask {
+        tried,
+        hash,
+        probing,
+    };
+    let attempt = to.endpoints.pick(&ask, &mut rand::rng(), now);
+    attempt.map(Picked::Balanced)
+}
+
+fn no_endpoint() -> Failed {
+    Failed {
+        refusal: Refusal::NoEndpoint,
+        outcome: Outcome::Shed,
+        trouble: Some(Trouble::NoEndpoint),
+    }
+}
+
+fn refused(stop: Stop) -> Option<RequestEvent> {
+    Some(match stop {
+        Stop::Done | Stop::NotRetriable => return None,
+        Stop::NotRepeatable => RequestEvent::RetryNotRepeatable,
+        Stop::AnswerBegun => RequestEvent::RetryAnswerBegun,
+        Stop::AttemptsSpent => RequestEvent::RetryAttemptsSpent,
+        Stop::DeadlineNear => RequestEvent::RetryDeadlineNear,
+        Stop::RetryAfterTooLong => RequestEvent::RetryAfterTooLong,
+        Stop::BudgetSpent => RequestEvent::RetryBudgetSpent,
+    })
+}
+
+/// What pays for retries.
+enum Budget<'a> {
+    Service(Share<'a>),
+    Pod(&'a RetryBudget),
+}
+
+impl Purse for Budget<'_> {
+    fn deposit(&self, now: Timestamp) -> Deposit {
+        match self {
+            Self::Service(share) => share.deposit(now),
+            Self::Pod(budget) => budget.deposit(now),
+        }
+    }
+
+    fn withdraw(&self, deposit: &Deposit, now: Timestamp) -> Result<(), BudgetSpent> {
+        match self {
+            Self::Service(share) => share.withdraw(deposit, now),
+            Self::Pod(budget) => budget.withdraw(deposit, now),
+        }
+    }
+}

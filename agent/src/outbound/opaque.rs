@@ -1,0 +1,321 @@
+//! Connections whose bytes mean nothing to the agent: choose an endpoint, connect, relay, judge.
+
+use std::net::SocketAddr;
+use std::pin::pin;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use tokio::net::TcpStream;
+
+use super::Outbound;
+use super::connect::{Failure, Upstream};
+use super::destinations::{DestinationId, EndpointId, Reachable, Route, RouteKey, Traffic};
+use super::target::Target;
+use crate::capture::{Capture, EnrolledPod};
+use crate::mesh::route::{BackendTarget, StreamRule};
+use crate::mesh::{ObjectName, Snapshot, TrafficPolicy};
+use crate::relay::{self, Ended, Peer};
+use crate::resilience::breaker::Permit;
+use crate::resilience::destination::{Ask, Attempt};
+use crate::resilience::ejection::SourceId;
+use crate::resilience::retry::{Body, Decision, Facts, Method, Nature, Stop};
+use crate::resilience::timeout::Deadline;
+use crate::resilience::{self, Outcome, Retries, Timestamp, Unsent};
+use crate::telemetry::{ByteCount, Connection, FailureReason};
+
+/// A connection that lives for so long is served well. One that the server resets before, without
+/// a byte of an answer, was not.
+const SERVED_AFTER: Duration = Duration::from_secs(1);
+
+/// Whose connection it is, and where it wants to go.
+pub(super) struct Origin {
+    pub(super) pod: Arc<EnrolledPod>,
+    pub(super) capture: Arc<Capture>,
+    pub(super) peer: SocketAddr,
+    pub(super) local: SocketAddr,
+    pub(super) target: Target,
+    pub(super) connection: Connection,
+}
+
+/// An upstream connection, and what waits for its outcome.
+pub(super) struct Connected {
+    upstream: Upstream,
+    judged: Option<Judged>,
+}
+
+/// A destination, as one connection may use it.
+struct Bound {
+    route: Arc<Route>,
+    reachable: Reachable,
+    policy: Arc<TrafficPolicy>,
+}
+
+/// What an outcome is told to, of a connection to a Service. Dropped, it tells of no verdict.
+struct Judged {
+    attempt: Attempt<EndpointId>,
+    permit: Permit,
+}
+
+impl Outbound {
+    /// Connects to the target, by its routes, and elsewhere if an endpoint fails.
+    pub(super) async fn connect(
+        &self,
+        origin: &Origin,
+        snapshot: &Snapshot,
+        sni: Option<&str>,
+    ) -> Result<Connected, Failure> {
+        let bound = match &origin.target {
+            Target::Service { service, port } => {
+                self.route(origin, snapshot, &service.name, port.port, sni)?
+            }
+            Target::Pod(endpoint) => {
+                return Ok(Connected {
+                    upstream: self.connect_to(origin, snapshot, endpoint).await?,
+                    judged: None,
+                });
+            }
+        };
+        self.connect_within(origin, snapshot, &bound).await
+    }
+
+    /// Where connections to a Service's port go: a backend of the TLSRoute or TCPRoute that is
+    /// attached to it, else its own endpoints.
+    fn route(
+        &self,
+        origin: &Origin,
+        snapshot: &Snapshot,
+        service: &ObjectName,
+        port: u16,
+        sni: Option<&str>,
+    ) -> Result<Bound, Failure> {
+        let client = origin.pod.workload();
+        let routes = snapshot.stream_routes(service, port, &client.name.namespace);
+        let Some(routes) = routes else {
+            return self.bound(origin, snapshot, None, service, port);
+        };
+        let no_route = |detail: &str| Failure::new(FailureReason::NoRoute, detail);
+        let rule = routes.select(sni);
+        let rule = rule.ok_or_else(|| no_route("no rule of the attached routes is for it"))?;
+        let backend = rule.choose(&mut rand::rng());
+        match backend.map(|backend| &backend.target) {
+            Some(BackendTarget::Service { name, port }) => {
+                self.bound(origin, snapshot, Some(rule), name, *port)
+            }
+            Some(BackendTarget::Invalid { reason }) => Err(no_route(&format!(
+                "{}: invalid backend: {reason}",
+                rule.name
+            ))),
+            None => Err(no_route(&format!("{} leads to no backend", rule.name))),
+        }
+    }
+
+    fn bound(
+        &self,
+        origin: &Origin,
+        snapshot: &Snapshot,
+        rule: Option<&Arc<StreamRule>>,
+        service: &ObjectName,
+        port: u16,
+    ) -> Result<Bound, Failure> {
+        let now = self.destinations.clock().now();
+        let id = DestinationId {
+            service: service.clone(),
+            port,
+            traffic: Traffic::Connections,
+        };
+        let destination = self.destinations.of(&id, snapshot);
+        let destination = destination.ok_or_else(no_endpoint)?;
+        let policy = snapshot.policy_of(service, port, rule.map(|rule| &rule.route));
+        let settings = &policy.settings;
+        let key = rule.map_or(RouteKey::Tcp, |rule| RouteKey::Rule(rule.name.clone()));
+        let route = destination.route(&key, &settings.breaker, &settings.limits, now);
+        let source = SourceId(origin.pod.netns_cookie());
+        let client = origin.pod.workload();
+        Ok(Bound {
+            reachable: destination.reachable(&client, source, origin.local, now),
+            route,
+            policy,
+        })
+    }
+
+    /// Asks the breaker, then tries endpoints as often as the policy allows.
+    async fn connect_within(
+        &self,
+        origin: &Origin,
+        snapshot: &Snapshot,
+        bound: &Bound,
+    ) -> Result<Connected, Failure> {
+        let Bound {
+            route,
+            reachable,
+            policy,
+        } = bound;
+        let clock = self.destinations.clock();
+        let permit = route.breaker.admit(clock.now()).map_err(|open| {
+            let detail = format!("{open} for {}", route.breaker.name());
+            Failure::new(FailureReason::CircuitOpen, detail)
+        })?;
+        let budget = reachable.budget();
+        // Nothing of the client was read yet: whatever it is, it can be sent elsewhere.
+        let nature = Nature {
+            method: Method::Other,
+            body: Body::None,
+        };
+        let no_deadline = Deadline::at(Timestamp::NEVER);
+        let mut retries = Retries::begin(&budget, nature, no_deadline, clock.now());
+        let mut tried: Vec<EndpointId> = Vec::new();
+        let mut last: Option<Failure> = None;
+        loop {
+            let ask = Ask {
+                tried: &tried,
+                ..Ask::default()
+            };
+            let attempt = reachable.pick(&ask, &mut rand::rng(), clock.now());
+            let Some(attempt) = attempt.filter(|one| !tried.contains(one.target())) else {
+                let failure = last.unwrap_or_else(no_endpoint);
+                permit.finish(failure.outcome(), clock.now());
+                return Err(failure);
+            };
+            let endpoint = attempt.target().clone();
+            let failure = match self.connect_to(origin, snapshot, &endpoint).await {
+                Ok(upstream) => {
+                    let judged = Some(Judged { attempt, permit });
+                    return Ok(Connected { upstream, judged });
+                }
+                Err(failure) => failure,
+            };
+            attempt.finish(failure.outcome(), clock.now());
+            tried.push(endpoint);
+            let elsewhere = failure.may_go_elsewhere() && tried.len() < reachable.len();
+            let decision = match elsewhere {
+                true => retries.next(
+                    &policy.settings.retry,
+                    Outcome::Unsent(Unsent::ConnectFailed),
+                    Facts::default(),
+                    &budget,
+                    &mut rand::rng(),
+                    clock.now(),
+                ),
+                false => Decision::Stop(Stop::NotRetriable),
+            };
+            match decision {
+                Decision::Retry { after } => tokio::time::sleep(after).await,
+                Decision::Stop(_) => {
+                    permit.finish(failure.outcome(), clock.now());
+                    return Err(failure);
+                }
+            }
+            last = Some(failure);
+        }
+    }
+
+    async fn connect_to(
+        &self,
+        origin: &Origin,
+        snapshot: &Snapshot,
+        endpoint: &EndpointId,
+    ) -> Result<Upstream, Failure> {
+        let way = self
+            .dialer
+            .way(&origin.pod, &origin.capture, snapshot, endpoint)?;
+        origin.connection.update(|info| {
+            info.destination = way.party();
+            info.security = way.security();
+        });
+        let limit = snapshot.config().connect_timeout;
+        let service = origin.target.service();
+        self.dialer
+            .open(&origin.pod, &way, origin.peer, service, limit)
+            .await
+    }
+
+    /// Relays to the end of the connection, and tells how the endpoint did.
+    pub(super) async fn relay(
+        &self,
+        stream: TcpStream,
+        connected: Connected,
+        pod: &EnrolledPod,
+        bytes: &ByteCount,
+    ) -> Ended {
+        let Connected { upstream, judged } = connected;
+        let relay = async {
+            match upstream {
+                Upstream::Socket(upstream) => {
+                    relay::relay_tcp(stream, upstream, bytes.into(), pod.gone()).await
+                }
+                Upstream::Tunnel(tunnel) => {
+                    let (send, receive) = (tunnel.send, tunnel.receive);
+                    let counts = bytes.into();
+                    relay::relay_tunnel(stream, Peer::Downstream, send, receive, counts, pod.gone())
+                        .await
+                }
+            }
+        };
+        let Some(mut judged) = judged else {
+            return relay.await;
+        };
+        let mut relay = pin!(relay);
+        let clock = self.destinations.clock();
+        judged.attempt.answered(clock.now());
+        let (ended, outcome) = tokio::select! {
+            ended = &mut relay => (Some(ended), outcome(ended, bytes)),
+            () = tokio::time::sleep(SERVED_AFTER) => (None, Outcome::Success),
+        };
+        let Judged {
+            mut attempt,
+            permit,
+        } = judged;
+        attempt.settle(outcome, clock.now());
+        permit.finish(outcome, clock.now());
+        match ended {
+            Some(ended) => ended,
+            // It still counts as load.
+            None => relay.await,
+        }
+    }
+}
+
+/// What the end of a connection says about the endpoint.
+fn outcome(ended: Ended, bytes: &ByteCount) -> Outcome {
+    let has_answered = bytes.sent.load(Ordering::Relaxed) > 0;
+    match ended {
+        Ended::InOrder => Outcome::Success,
+        // Many a protocol ends with a reset.
+        Ended::Reset(_) if has_answered => Outcome::Success,
+        Ended::Reset(Peer::Upstream) => Outcome::Failure(resilience::Failure::Reset),
+        Ended::Reset(Peer::Downstream) | Ended::Stopped => Outcome::Cancelled,
+    }
+}
+
+fn no_endpoint() -> Failure {
+    Failure::new(
+        FailureReason::NoEndpoint,
+        "no endpoint of the service is ready",
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::resilience::Verdict;
+
+    #[test]
+    fn only_a_server_that_resets_before_it_says_a_byte_has_failed() {
+        let silent = ByteCount::default();
+        let spoken = ByteCount::default();
+        spoken.add_sent(1);
+        for (ended, bytes, verdict) in [
+            (Ended::InOrder, &silent, Some(Verdict::Good)),
+            (Ended::Reset(Peer::Upstream), &silent, Some(Verdict::Bad)),
+            (Ended::Reset(Peer::Upstream), &spoken, Some(Verdict::Good)),
+            (Ended::Reset(Peer::Downstream), &silent, None),
+            (Ended::Reset(Peer::Downstream), &spoken, Some(Verdict::Good)),
+            (Ended::Stopped, &spoken, None),
+        ] {
+            let outcome = outcome(ended, bytes);
+            assert_eq!(outcome.of_endpoint(), verdict, "{ended:?}");
+            assert_eq!(outcome.of_destination(), verdict, "{ended:?}");
+        }
+    }
+}
