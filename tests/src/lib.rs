@@ -34,6 +34,7 @@ pub mod netns;
 pub mod process;
 pub mod traffic;
 pub mod wait;
+pub mod web;
 pub mod wire;
 
 mod kube_proxy;
