@@ -2,6 +2,7 @@
 
 mod capture;
 mod hostile;
+mod requests;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -26,6 +27,17 @@ enum Scenario {
     Capture(File),
     /// Attacks by a process in a pod.
     Hostile(File),
+    /// Every server of a Service fails every request for a while.
+    Outage {
+        #[command(flatten)]
+        args: requests::OutageArgs,
+        #[command(flatten)]
+        file: File,
+    },
+    /// A new version that gets a share of the requests begins to fail.
+    Canary(File),
+    /// One pod sends as much as it can.
+    Flood(File),
 }
 
 #[derive(Args)]
@@ -40,12 +52,17 @@ pub fn run(options: &Options) -> Result<ExitCode> {
     match &options.scenario {
         Scenario::Capture(file) => shown("scenario capture", file, capture::run),
         Scenario::Hostile(file) => shown("scenario hostile", file, hostile::run),
+        Scenario::Outage { args, file } => {
+            shown("scenario outage", file, || requests::outage(args))
+        }
+        Scenario::Canary(file) => shown("scenario canary", file, requests::canary),
+        Scenario::Flood(file) => shown("scenario flood", file, requests::flood),
     }
 }
 
 type Shown = (Checks, Map<String, Value>);
 
-fn shown(command: &str, file: &File, scenario: fn() -> Result<Shown>) -> Result<ExitCode> {
+fn shown(command: &str, file: &File, scenario: impl FnOnce() -> Result<Shown>) -> Result<ExitCode> {
     let start = Instant::now();
     let (checks, body) = scenario().unwrap_or_else(|error| {
         let mut checks = Checks::default();
