@@ -6,7 +6,9 @@ use anyhow::Result;
 use clap::{Parser, Subcommand};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use undermesh_lab::traffic::{ClientOptions, ServeOptions, run_client, run_server};
-use undermesh_lab::web::{LoadOptions, WebOptions, run_load, run_web};
+use undermesh_lab::web::{
+    HttpAttackOptions, LoadOptions, WebOptions, run_attack, run_load, run_web,
+};
 
 #[derive(Parser)]
 #[command(about, version)]
@@ -25,6 +27,8 @@ enum Command {
     Web(WebOptions),
     /// Sends HTTP requests and writes a report in JSON; exits 1 if any was not answered 2xx.
     Load(LoadOptions),
+    /// Attacks an HTTP server and writes a report in JSON.
+    Attack(HttpAttackOptions),
 }
 
 fn main() -> Result<ExitCode> {
@@ -45,6 +49,10 @@ fn main() -> Result<ExitCode> {
             Command::Client(options) => Ok(exit(run_client(options).await?)),
             Command::Web(options) => {
                 run_web(options).await?;
+                Ok(ExitCode::SUCCESS)
+            }
+            Command::Attack(options) => {
+                run_attack(options).await?;
                 Ok(ExitCode::SUCCESS)
             }
             Command::Load(options) => Ok(exit(run_load(options).await?)),

@@ -15,7 +15,10 @@ use crate::netns::Netns;
 use crate::process::{Place, Process, tail};
 use crate::traffic::{self, ClientOptions, ClientReport, ServeOptions, ServerReport};
 use crate::wait;
-use crate::web::{Behaviour, LoadOptions, LoadReport, WebOptions, WebReport, behave};
+use crate::web::{
+    Behaviour, HttpAttackOptions, HttpAttackReport, LoadOptions, LoadReport, WebOptions, WebReport,
+    behave,
+};
 
 const START: Duration = Duration::from_secs(20);
 
@@ -142,6 +145,17 @@ impl PodHandle {
 
     /// Starts an HTTP client that runs beside the caller.
     pub fn start_load(&self, options: &LoadOptions) -> Result<Traffic<LoadReport>> {
+        let control = self.socket();
+        let mut options = options.clone();
+        options.control = Some(control.clone());
+        self.start(&options.to_args(), control)
+    }
+
+    /// Starts an attack on an HTTP server that runs beside the caller.
+    pub fn start_http_attack(
+        &self,
+        options: &HttpAttackOptions,
+    ) -> Result<Traffic<HttpAttackReport>> {
         let control = self.socket();
         let mut options = options.clone();
         options.control = Some(control.clone());

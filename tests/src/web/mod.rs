@@ -2,12 +2,14 @@
 //! what a client saw and what a server received is counted by neither of the agents. Both are subcommands of
 //! `undermesh-traffic`.
 
+mod attack;
 mod behaviour;
 mod load;
 mod options;
 mod report;
 mod serve;
 
+pub use attack::{HttpAttack, HttpAttackOptions, HttpAttackReport, run as run_attack};
 pub use behaviour::{Behaviour, behave};
 pub use load::run as run_load;
 pub use options::{LoadOptions, WebOptions};
