@@ -19,6 +19,7 @@ use crate::capture::{
     Accepted, Capture, CaptureError, CaptureOptions, EnrolError, Handler, KernelOptions, Role,
 };
 use crate::discovery::files::{FileSource, FileSourceError, FileSourceOptions};
+use crate::fairness::{Fairness, Monotonic};
 use crate::identity::{
     AuthorityClient, AuthorityClientOptions, Certificates, CertificatesOptions, ClientError,
 };
@@ -107,27 +108,34 @@ pub enum AgentError {
 struct Dispatch {
     outbound: Arc<Outbound>,
     inbound: Arc<Inbound>,
+    fairness: Arc<Fairness>,
     /// Set right after capture was started, before it knows of any pod.
     capture: OnceLock<Weak<Capture>>,
 }
 
 impl Handler for Dispatch {
     fn handle(&self, accepted: Accepted) -> Pin<Box<dyn Future<Output = ()> + Send>> {
+        let pod = accepted.pod.netns_cookie();
         match accepted.role {
             Role::Outbound => {
                 let outbound = self.outbound.clone();
                 let capture = self.capture.get().and_then(Weak::upgrade);
-                Box::pin(async move {
+                Box::pin(self.fairness.turns(pod, async move {
                     if let Some(capture) = capture {
                         outbound.serve(accepted, &capture).await;
                     }
-                })
+                }))
             }
             Role::Inbound => {
                 let inbound = self.inbound.clone();
-                Box::pin(async move { inbound.serve_plaintext(accepted).await })
+                Box::pin(self.fairness.turns(pod, async move {
+                    inbound.serve_plaintext(accepted).await;
+                }))
             }
-            Role::Hbone => Box::pin(self.inbound.clone().serve_tunnel(accepted)),
+            Role::Hbone => {
+                let tunnel = self.inbound.clone().serve_tunnel(accepted);
+                Box::pin(self.fairness.turns(pod, tunnel))
+            }
         }
     }
 }
@@ -157,6 +165,7 @@ pub async fn run(
     let certificates = Certificates::new(CertificatesOptions::new(authority));
     tokio::spawn(certificates.clone().run(background.clone()));
 
+    let fairness = Fairness::start(Monotonic::default(), background.clone());
     let pool = Pool::new(PoolOptions::default());
     let dispatch = Arc::new(Dispatch {
         outbound: Arc::new(Outbound::new(
@@ -171,6 +180,7 @@ pub async fn run(
             telemetry: telemetry.clone(),
             drain: stop.child_token(),
         }),
+        fairness: fairness.clone(),
         capture: OnceLock::new(),
     });
     let cgroup = match &options.cgroup_root {
@@ -196,6 +206,11 @@ pub async fn run(
         background.clone(),
     ));
     count(&telemetry, &capture, &certificates, &pool);
+    telemetry.register_counter(
+        "undermesh_fairness_parked",
+        "Times that a task waited because its pod had used up its quantum while others were busy",
+        move || vec![Labelled::bare(fairness.parked())],
+    );
 
     let state = admin_state(
         &options,

@@ -6,6 +6,7 @@ pub mod agent;
 pub mod capture;
 pub mod cli;
 pub mod discovery;
+pub mod fairness;
 pub mod identity;
 pub mod inbound;
 pub mod mesh;

@@ -23,6 +23,14 @@ pub struct Labelled<V> {
 }
 
 impl<V> Labelled<V> {
+    /// Without labels.
+    pub fn bare(value: V) -> Self {
+        Self {
+            labels: Vec::new(),
+            value,
+        }
+    }
+
     /// With one label.
     pub fn one(label: &'static str, value_of_label: &str, value: V) -> Self {
         Self {
