@@ -5,6 +5,10 @@ use std::time::Duration;
 use anyhow::Result;
 use undermesh_lab::requests::{Canary, CanaryOptions, Outage, OutageOptions, Switch};
 
+fn tell(what: &str) {
+    println!("{what}");
+}
+
 #[test]
 fn a_breaker_opens_in_an_outage_and_closes_after_it() -> Result<()> {
     let options = OutageOptions {
@@ -12,7 +16,7 @@ fn a_breaker_opens_in_an_outage_and_closes_after_it() -> Result<()> {
         after: Duration::from_secs(4),
         ..OutageOptions::default()
     };
-    let outage = Outage::run(None, &options)?;
+    let outage = Outage::run(None, &options, &tell)?;
     outage.went_round()?;
     assert!(outage.rejected > 0, "{outage:#?}");
     assert!(
@@ -32,7 +36,7 @@ fn the_retry_budget_holds_on_the_wire_without_a_breaker() -> Result<()> {
         after: Duration::from_secs(3),
         ..OutageOptions::default()
     };
-    let outage = Outage::run(None, &options)?;
+    let outage = Outage::run(None, &options, &tell)?;
     assert!(outage.transitions.is_empty(), "{outage:#?}");
     assert!(
         outage.outage.upstream_received > outage.outage.sent,
@@ -52,7 +56,7 @@ fn a_failing_canary_is_contained() -> Result<()> {
         failing: Duration::from_secs(4),
         ..CanaryOptions::default()
     };
-    let canary = Canary::run(None, &options)?;
+    let canary = Canary::run(None, &options, &tell)?;
     assert!(
         canary.client_error_share <= canary.weight_share(),
         "{canary:#?}"

@@ -1,6 +1,7 @@
 //! The states of breakers, as an agent exports them.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
@@ -30,6 +31,20 @@ pub struct Transition {
     pub to: String,
     /// Why, as the agent's log says.
     pub cause: String,
+}
+
+impl fmt::Display for Transition {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "{:>6} ms: breaker of {}: {} → {}",
+            self.t_ms, self.destination, self.from, self.to
+        )?;
+        if !self.cause.is_empty() {
+            write!(f, " ({})", self.cause)?;
+        }
+        Ok(())
+    }
 }
 
 /// Reads the states in the background.

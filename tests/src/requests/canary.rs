@@ -6,7 +6,7 @@ use anyhow::{Context, Result, ensure};
 use serde::Serialize;
 use serde_json::json;
 
-use super::policy;
+use super::{Tell, policy};
 use crate::web::{Behaviour, LoadOptions, LoadReport, WebOptions, WebReport};
 use crate::{Binaries, Lab, PodSpec, ServiceSpec, Side, Traffic, wait};
 
@@ -72,8 +72,8 @@ pub struct Canary {
 }
 
 impl Canary {
-    /// Runs it; nothing is left behind.
-    pub fn run(binaries: Option<Binaries>, options: &CanaryOptions) -> Result<Self> {
+    /// Runs it, and tells what happens; nothing is left behind.
+    pub fn run(binaries: Option<Binaries>, options: &CanaryOptions, tell: &Tell) -> Result<Self> {
         let pod = |name: &str, version: &str, side: Side| {
             PodSpec::new(name)
                 .on(side)
@@ -105,11 +105,11 @@ impl Canary {
             builder = builder.binaries(binaries);
         }
         let lab = builder.start()?;
-        measure(&lab, options)
+        measure(&lab, options, tell)
     }
 }
 
-fn measure(lab: &Lab, options: &CanaryOptions) -> Result<Canary> {
+fn measure(lab: &Lab, options: &CanaryOptions, tell: &Tell) -> Result<Canary> {
     let serve = |name: &str, version: &str| {
         lab.pod(name)?
             .serve_web(&WebOptions::new(version, TARGET))
@@ -126,12 +126,22 @@ fn measure(lab: &Lab, options: &CanaryOptions) -> Result<Canary> {
             .during(whole),
     )?;
     let start = Instant::now();
+    let [stable_weight, canary_weight] = options.weights;
+    tell(&format!(
+        "{} requests a second, {stable_weight} : {canary_weight} to the stable version and the canary",
+        options.rate
+    ));
     wait::pause(options.before)?;
     let well = canary.report()?.received;
     let all = load.report()?.sent;
     canary.behave(&Behaviour::failing(500))?;
+    tell("the canary fails every request from now on");
     let failing = Instant::now();
     let contained = contained(&canary, failing, options.failing)?;
+    tell(&format!(
+        "contained after {} ms: but for probes it receives nothing",
+        contained.as_millis()
+    ));
     let report = load.finish(whole + FINISH)?;
     ensure!(report.unsent == 0, "the client was too slow: {report:?}");
 

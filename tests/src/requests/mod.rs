@@ -11,3 +11,6 @@ pub use breakers::Transition;
 pub use canary::{Backend, Canary, CanaryOptions};
 pub use flood::{Flood, FloodOptions, Flooder, VictimP99};
 pub use outage::{Client, Outage, OutageOptions, Phase, Switch};
+
+/// Is told what happens, as it happens.
+pub type Tell = dyn Fn(&str);

@@ -8,7 +8,7 @@ use serde::Serialize;
 use serde_json::json;
 
 use super::breakers::{self, Transition, Watch};
-use super::policy;
+use super::{Tell, policy};
 use crate::web::{Behaviour, LoadOptions, LoadReport, WebOptions, WebReport};
 use crate::{Binaries, Lab, PodSpec, ServiceSpec, Side, Traffic, wait};
 
@@ -111,8 +111,8 @@ pub struct Outage {
 }
 
 impl Outage {
-    /// Runs it; nothing is left behind.
-    pub fn run(binaries: Option<Binaries>, options: &OutageOptions) -> Result<Self> {
+    /// Runs it, and tells what happens; nothing is left behind.
+    pub fn run(binaries: Option<Binaries>, options: &OutageOptions, tell: &Tell) -> Result<Self> {
         let mut builder = Lab::builder().pod(PodSpec::new("client").on(Side::A));
         for (name, side) in SERVERS {
             let pod = PodSpec::new(name).on(side).label("app", "api");
@@ -126,17 +126,17 @@ impl Outage {
             builder = builder.binaries(binaries);
         }
         let lab = builder.start()?;
-        Run::new(&lab)?.measure(options)
+        Run::new(&lab)?.measure(options, tell)
     }
 }
 
 fn spec(options: &OutageOptions) -> serde_json::Value {
     let mut spec = json!({});
     if options.breaker == Switch::Off {
-        spec["breaker"] = json!({"enabled": false});
+        spec["breaker"] = json!({"mode": "Off"});
     }
     if options.budget == Switch::Off {
-        spec["retryBudget"] = json!({"enabled": false});
+        spec["retryBudget"] = json!({"ratio": 1.0, "minimumRate": 10_000.0});
     }
     spec
 }
@@ -169,7 +169,7 @@ impl<'a> Run<'a> {
         Ok(received)
     }
 
-    fn measure(&self, options: &OutageOptions) -> Result<Outage> {
+    fn measure(&self, options: &OutageOptions, tell: &Tell) -> Result<Outage> {
         let client = self.lab.pod("client")?;
         let agent = self.lab.node(Side::A)?.agent();
         let to = self.lab.service("api", PORT)?;
@@ -187,8 +187,14 @@ impl<'a> Run<'a> {
                 .connections(64)
                 .during(whole),
         )?;
+        tell(&format!(
+            "{} requests a second to {} servers",
+            options.rate,
+            SERVERS.len()
+        ));
         wait::pause(options.before)?;
 
+        tell("every server fails every request from now on");
         let began = Instant::now();
         self.behave(&Behaviour::failing(503))?;
         let (sent, received) = (load.report()?.sent, self.received()?);
@@ -199,6 +205,7 @@ impl<'a> Run<'a> {
             began.elapsed(),
         );
         let well = Instant::now();
+        tell("the servers are well again, and slow at first");
         self.behave(&Behaviour {
             delay_ms: WARMING_MS,
             ..Behaviour::default()
@@ -212,6 +219,9 @@ impl<'a> Run<'a> {
         })?;
         let mut transitions = watch.finish()?;
         breakers::explain(&agent, &mut transitions)?;
+        for transition in &transitions {
+            tell(&transition.to_string());
+        }
         Ok(Outage {
             amplification: phase.amplification,
             outage: phase,

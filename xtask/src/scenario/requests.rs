@@ -52,7 +52,7 @@ pub fn outage(args: &OutageArgs) -> Result<Shown> {
         budget: args.budget.into(),
         ..OutageOptions::default()
     };
-    let outage = Outage::run(Some(binaries), &options)?;
+    let outage = Outage::run(Some(binaries), &options, &tell)?;
     let mut checks = Checks::default();
     checks.more_than("ok", outage.client.ok, 0);
     if options.budget == Switch::On {
@@ -81,7 +81,7 @@ pub fn outage(args: &OutageArgs) -> Result<Shown> {
 /// A canary fails.
 pub fn canary() -> Result<Shown> {
     let binaries = programs::build()?;
-    let canary = Canary::run(Some(binaries), &CanaryOptions::default())?;
+    let canary = Canary::run(Some(binaries), &CanaryOptions::default(), &tell)?;
     let mut checks = Checks::default();
     let weight = thousandths(canary.weight_share());
     let seen = thousandths(canary.share_while_well);
@@ -121,6 +121,10 @@ pub fn flood() -> Result<Shown> {
     print_p99("flood beside the mesh", p99.flood_direct);
     print_p99("flood in the mesh", p99.flood_mesh);
     Ok((checks, body(json!(flood))))
+}
+
+fn tell(what: &str) {
+    println!("{what}");
 }
 
 fn print_p99(when: impl Display, p99: f64) {
