@@ -12,10 +12,12 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
+use nix::sys::signal::Signal;
+use serde_json::Value;
 
 use crate::lab::PodHandle;
 use crate::machine;
-use crate::process::Process;
+use crate::process::{Process, tail};
 
 const START: Duration = Duration::from_secs(20);
 const ANSWER: Duration = Duration::from_secs(5);
@@ -276,4 +278,46 @@ pub fn postgres(pod: &PodHandle, port: u16) -> Result<Process> {
             && postgres.output().contains("ready to accept connections"))
     })?;
     Ok(process)
+}
+
+/// Where the tests' own Python programs are.
+fn script(name: &str) -> String {
+    format!("{}/programs/{name}.py", env!("CARGO_MANIFEST_DIR"))
+}
+
+/// Starts a server out of `programs/` in a pod, and waits until it says that it is ready.
+pub fn python_server(pod: &PodHandle, name: &str, args: &[&str]) -> Result<Process> {
+    let script = script(name);
+    let args: Vec<&str> = std::iter::once(&*script)
+        .chain(args.iter().copied())
+        .collect();
+    let mut process = pod.spawn(name, machine::PYTHON, &args)?;
+    process.until(&format!("{name} to listen"), START, |process| {
+        Ok(process.output().lines().any(|line| line == "ready"))
+    })?;
+    Ok(process)
+}
+
+/// Ends such a server with SIGTERM; gives back what it says about itself.
+pub fn python_report(mut server: Process) -> Result<Value> {
+    server.stop(Signal::SIGTERM, START)?;
+    last_json(&server.output()).with_context(|| tail(server.log(), 10))
+}
+
+/// Runs a client out of `programs/` in a pod to its end; gives back what it says.
+pub fn python_client(pod: &PodHandle, name: &str, args: &[&str]) -> Result<Value> {
+    let script = script(name);
+    let args: Vec<&str> = std::iter::once(&*script)
+        .chain(args.iter().copied())
+        .collect();
+    let output = pod.run(machine::PYTHON, &args)?;
+    last_json(&output).with_context(|| output.clone())
+}
+
+fn last_json(output: &str) -> Result<Value> {
+    let mut lines = output.lines().rev();
+    let line = lines
+        .find(|line| line.starts_with('{'))
+        .context("no report")?;
+    Ok(serde_json::from_str(line)?)
 }

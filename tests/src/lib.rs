@@ -32,9 +32,11 @@ pub mod manifests;
 pub mod metrics;
 pub mod netns;
 pub mod process;
+pub mod requests;
 pub mod tls;
 pub mod traffic;
 pub mod wait;
+pub mod web;
 pub mod wire;
 
 mod kube_proxy;

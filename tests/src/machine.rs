@@ -37,6 +37,10 @@ pub const POSTGRES: Tool = tool("pg_ctlcluster", "postgresql");
 pub const PGBENCH: Tool = tool("pgbench", "postgresql");
 /// openssl.
 pub const OPENSSL: Tool = tool("openssl", "openssl");
+/// h2load.
+pub const H2LOAD: Tool = tool("h2load", "nghttp2-client");
+/// wrk.
+pub const WRK: Tool = tool("wrk", "wrk");
 /// iperf3.
 pub const IPERF3: Tool = tool("iperf3", "iperf3");
 
@@ -90,6 +94,32 @@ pub fn require(tools: &[Tool]) -> Result<()> {
             tool.program
         );
     }
+    Ok(())
+}
+
+/// Debian's Python, which has Debian's modules, whatever other one `PATH` has.
+pub const PYTHON: &str = "/usr/bin/python3";
+
+/// Makes sure that [`PYTHON`] can import `module`, which `package` of Debian brings.
+pub fn require_module(module: &str, package: &str) -> Result<()> {
+    let imports = || {
+        let import = format!("import {module}");
+        let mut python = Command::new(PYTHON);
+        python.args(["-c", &import]).stderr(Stdio::null());
+        python.status().is_ok_and(|status| status.success())
+    };
+    if imports() {
+        return Ok(());
+    }
+    if !Uid::effective().is_root() || find("apt-get").is_none() {
+        bail!("{PYTHON} cannot import {module}; on Debian: apt-get install {package}");
+    }
+    eprintln!("installing from Debian: {package}");
+    install(&[package])?;
+    ensure!(
+        imports(),
+        "package {package} is installed, but {PYTHON} cannot import {module}"
+    );
     Ok(())
 }
 

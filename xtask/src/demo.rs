@@ -1,6 +1,7 @@
 //! `cargo xtask demo`: real programs in pods of two nodes, one agent per node, and what each side counted.
 
 mod clients;
+mod requests;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -62,14 +63,18 @@ fn shown(duration: Duration) -> Result<Shown> {
     println!("building two nodes");
     let lab = cluster::builder()
         .id(&format!("demo-{}", std::process::id()))
-        .binaries(binaries)
+        .binaries(binaries.clone())
         .without_agents()
         .start()?;
     let outcome = demonstrate(&lab, duration);
     if outcome.is_err() && !interrupt::interrupted() {
         print_logs(&lab);
     }
-    outcome
+    drop(lab);
+    let mut shown = outcome?;
+    let requests = requests::show(&binaries, &mut shown.checks)?;
+    shown.body.insert("requests".to_owned(), requests);
+    Ok(shown)
 }
 
 struct Shown {

@@ -105,6 +105,17 @@ pub fn write(file: &Path, value: &impl Serialize) -> Result<()> {
     fs::write(file, text).with_context(|| file.display().to_string())
 }
 
+/// A ratio that is no number, because nothing was measured, is the worst.
+pub fn thousandths(ratio: f64) -> u64 {
+    if !ratio.is_finite() {
+        return u64::MAX;
+    }
+    // Ratios of latencies are small and positive.
+    #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)]
+    let whole = (ratio * 1e3).round() as u64;
+    whole
+}
+
 /// The commit that was built, with `-dirty` where the tree differs from it.
 fn commit() -> String {
     let git = |arguments: &[&str]| {

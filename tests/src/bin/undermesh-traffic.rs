@@ -6,6 +6,9 @@ use anyhow::Result;
 use clap::{Parser, Subcommand};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use undermesh_lab::traffic::{ClientOptions, ServeOptions, run_client, run_server};
+use undermesh_lab::web::{
+    HttpAttackOptions, LoadOptions, WebOptions, run_attack, run_load, run_web,
+};
 
 #[derive(Parser)]
 #[command(about, version)]
@@ -20,6 +23,12 @@ enum Command {
     Serve(ServeOptions),
     /// Opens connections and writes a report in JSON; exits 1 if any failed.
     Client(ClientOptions),
+    /// Serves HTTP until SIGTERM, then writes a report in JSON.
+    Web(WebOptions),
+    /// Sends HTTP requests and writes a report in JSON; exits 1 if any was not answered 2xx.
+    Load(LoadOptions),
+    /// Attacks an HTTP server and writes a report in JSON.
+    Attack(HttpAttackOptions),
 }
 
 fn main() -> Result<ExitCode> {
@@ -37,11 +46,24 @@ fn main() -> Result<ExitCode> {
                 run_server(options).await?;
                 Ok(ExitCode::SUCCESS)
             }
-            Command::Client(options) => Ok(if run_client(options).await? {
-                ExitCode::SUCCESS
-            } else {
-                ExitCode::FAILURE
-            }),
+            Command::Client(options) => Ok(exit(run_client(options).await?)),
+            Command::Web(options) => {
+                run_web(options).await?;
+                Ok(ExitCode::SUCCESS)
+            }
+            Command::Attack(options) => {
+                run_attack(options).await?;
+                Ok(ExitCode::SUCCESS)
+            }
+            Command::Load(options) => Ok(exit(run_load(options).await?)),
         }
     })
+}
+
+fn exit(well: bool) -> ExitCode {
+    if well {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    }
 }

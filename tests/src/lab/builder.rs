@@ -215,7 +215,7 @@ pub struct ServiceSpec {
     name: String,
     namespace: String,
     selector: BTreeMap<String, String>,
-    ports: Vec<(u16, u16)>,
+    ports: Vec<(String, u16, u16)>,
 }
 
 impl ServiceSpec {
@@ -247,7 +247,14 @@ impl ServiceSpec {
     /// With a TCP port that leads to `target` of the pods.
     #[must_use]
     pub fn port(mut self, port: u16, target: u16) -> Self {
-        self.ports.push((port, target));
+        self.ports.push((format!("tcp-{port}"), port, target));
+        self
+    }
+
+    /// With a port of HTTP that leads to `target` of the pods.
+    #[must_use]
+    pub fn http(mut self, port: u16, target: u16) -> Self {
+        self.ports.push((format!("http-{port}"), port, target));
         self
     }
 
@@ -255,8 +262,8 @@ impl ServiceSpec {
         let ports: Vec<Value> = self
             .ports
             .iter()
-            .map(|(port, target)| {
-                json!({"name": format!("tcp-{port}"), "port": port, "targetPort": target, "protocol": "TCP"})
+            .map(|(name, port, target)| {
+                json!({"name": name, "port": port, "targetPort": target, "protocol": "TCP"})
             })
             .collect();
         json!({

@@ -210,6 +210,14 @@ impl Lab {
         Ok(outcome)
     }
 
+    /// Says of a pod whether it is ready, and so whether new connections are to go to it.
+    pub fn set_ready(&self, name: &str, ready: bool) -> Result<()> {
+        let mut inner = self.lock();
+        let pod = inner.state.pod(name)?.clone();
+        inner.plan.set_ready(&pod.namespace, &pod.name, ready)?;
+        inner.publish()
+    }
+
     /// Adds an object to the manifests, or replaces it. Not for pods and Services.
     pub fn put(&self, document: Value) -> Result<()> {
         let kind = manifests::kind(&document);

@@ -133,6 +133,21 @@ impl Plan {
         self.insert(document)
     }
 
+    /// Says of a pod whether it is ready, as its kubelet would.
+    pub fn set_ready(&mut self, space: &str, title: &str, ready: bool) -> Result<()> {
+        let wanted = |object: &&mut Value| {
+            kind(object) == "Pod" && namespace(object) == space && name(object) == title
+        };
+        let pod = self.objects.values_mut().find(wanted);
+        let pod = pod.with_context(|| format!("no pod {space}/{title}"))?;
+        let status = if ready { "True" } else { "False" };
+        object(pod, &["status"])?.insert(
+            "conditions".into(),
+            json!([{"type": "Ready", "status": status}]),
+        );
+        Ok(())
+    }
+
     fn add_pod(&mut self, mut document: Value, inherited: Option<u16>) -> Result<PodRecord> {
         let side = match text(&document, "/spec/nodeName") {
             "" => {

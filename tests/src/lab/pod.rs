@@ -15,6 +15,10 @@ use crate::netns::Netns;
 use crate::process::{Place, Process, tail};
 use crate::traffic::{self, ClientOptions, ClientReport, ServeOptions, ServerReport};
 use crate::wait;
+use crate::web::{
+    Behaviour, HttpAttackOptions, HttpAttackReport, LoadOptions, LoadReport, WebOptions, WebReport,
+    behave,
+};
 
 const START: Duration = Duration::from_secs(20);
 
@@ -131,6 +135,33 @@ impl PodHandle {
         self.start(&options.to_args(), control)
     }
 
+    /// Starts an HTTP server and waits until it listens.
+    pub fn serve_web(&self, options: &WebOptions) -> Result<Traffic<WebReport>> {
+        let control = self.socket();
+        let mut options = options.clone();
+        options.control = Some(control.clone());
+        self.start(&options.to_args(), control)
+    }
+
+    /// Starts an HTTP client that runs beside the caller.
+    pub fn start_load(&self, options: &LoadOptions) -> Result<Traffic<LoadReport>> {
+        let control = self.socket();
+        let mut options = options.clone();
+        options.control = Some(control.clone());
+        self.start(&options.to_args(), control)
+    }
+
+    /// Starts an attack on an HTTP server that runs beside the caller.
+    pub fn start_http_attack(
+        &self,
+        options: &HttpAttackOptions,
+    ) -> Result<Traffic<HttpAttackReport>> {
+        let control = self.socket();
+        let mut options = options.clone();
+        options.control = Some(control.clone());
+        self.start(&options.to_args(), control)
+    }
+
     fn start<R: DeserializeOwned>(&self, args: &[String], control: PathBuf) -> Result<Traffic<R>> {
         let program = self.binaries.traffic.display().to_string();
         let name = control.file_stem().unwrap_or_default().to_string_lossy();
@@ -164,6 +195,13 @@ pub struct Traffic<R> {
     process: Process,
     control: PathBuf,
     report: std::marker::PhantomData<fn() -> R>,
+}
+
+impl Traffic<WebReport> {
+    /// Makes it behave so from now on.
+    pub fn behave(&self, behaviour: &Behaviour) -> Result<()> {
+        behave(&self.control, behaviour)
+    }
 }
 
 impl<R: DeserializeOwned> Traffic<R> {

@@ -8,9 +8,12 @@ mod payload;
 mod report;
 mod serve;
 
+pub(crate) use client::asked_to_stop;
 pub use client::run as run_client;
+pub(crate) use control::listen as answer_reports;
 pub use control::query;
 pub use options::{ClientOptions, Kind, ServeOptions};
 pub use payload::Pattern;
 pub use report::{ClientReport, Failure, Latencies, Latency, ServerReport};
+pub(crate) use serve::listen;
 pub use serve::run as run_server;

@@ -5,7 +5,7 @@ use serde_json::{Map, Value, json};
 use undermesh_lab::hostile;
 
 use crate::programs;
-use crate::report::Checks;
+use crate::report::{Checks, thousandths};
 
 /// Taken in turn: calm, flooded, calm, …
 const ROUNDS: usize = 5;
@@ -55,15 +55,4 @@ pub fn run() -> Result<(Checks, Map<String, Value>)> {
     let ratio = json!(outcome.bystander_p99_ratio);
     body.insert("bystander_p99_ratio".to_owned(), ratio);
     Ok((checks, body))
-}
-
-/// A ratio that is no number, because nothing was measured, is the worst.
-fn thousandths(ratio: f64) -> u64 {
-    if !ratio.is_finite() {
-        return u64::MAX;
-    }
-    // Ratios of latencies are small and positive.
-    #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)]
-    let whole = (ratio * 1e3).round() as u64;
-    whole
 }

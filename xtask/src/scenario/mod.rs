@@ -2,6 +2,7 @@
 
 mod capture;
 mod hostile;
+mod requests;
 mod restart;
 
 use std::path::PathBuf;
@@ -34,6 +35,17 @@ enum Scenario {
         #[command(flatten)]
         file: File,
     },
+    /// Every server of a Service fails every request for a while.
+    Outage {
+        #[command(flatten)]
+        args: requests::OutageArgs,
+        #[command(flatten)]
+        file: File,
+    },
+    /// A new version that gets a share of the requests begins to fail.
+    Canary(File),
+    /// One pod sends as much as it can.
+    Flood(File),
 }
 
 #[derive(Args)]
@@ -51,6 +63,11 @@ pub fn run(options: &Options) -> Result<ExitCode> {
         Scenario::Restart { options, file } => {
             shown("scenario restart", file, || restart::run(options))
         }
+        Scenario::Outage { args, file } => {
+            shown("scenario outage", file, || requests::outage(args))
+        }
+        Scenario::Canary(file) => shown("scenario canary", file, requests::canary),
+        Scenario::Flood(file) => shown("scenario flood", file, requests::flood),
     }
 }
 

@@ -1,0 +1,247 @@
+//! HTTP between real programs, unchanged, on both ends.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use serde_json::json;
+use undermesh_lab::web::{Behaviour, LoadOptions, WebOptions};
+use undermesh_lab::{Lab, LabBuilder, PodHandle, PodSpec, ServiceSpec, Side, apps, machine, wait};
+
+const PORT: u16 = 80;
+const TARGET: u16 = 8080;
+const LIMIT: Duration = Duration::from_secs(60);
+
+/// A client and a server on each node; `near` and `far` are the servers as the client sees them.
+fn cluster() -> LabBuilder {
+    let server = |name: &str, side: Side| {
+        let pod = PodSpec::new(name).on(side).label("group", "both");
+        pod.port("http", TARGET)
+    };
+    Lab::builder()
+        .pod(PodSpec::new("client").on(Side::A))
+        .pod(server("near", Side::A))
+        .pod(server("far", Side::B))
+        .service(ServiceSpec::new("near").http(PORT, TARGET))
+        .service(ServiceSpec::new("far").http(PORT, TARGET))
+        .service(
+            ServiceSpec::new("both")
+                .select("group", "both")
+                .http(PORT, TARGET),
+        )
+}
+
+fn run(pod: &PodHandle, program: &str, args: &[&str]) -> Result<String> {
+    let output = pod.place().output(program, args)?;
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    Ok(text + &String::from_utf8_lossy(&output.stderr))
+}
+
+#[test]
+fn grpc_of_another_language_streams_and_keeps_its_deadlines_and_cancellations() -> Result<()> {
+    machine::require_module("grpc", "python3-grpcio")?;
+    let lab = cluster().start()?;
+    let client = lab.pod("client")?;
+    let port = TARGET.to_string();
+    let serve = |name: &str| apps::python_server(&lab.pod(name)?, "grpc_server", &[&port, name]);
+    let servers = [serve("near")?, serve("far")?];
+    for service in ["near", "far", "both"] {
+        let to = lab.service(service, PORT)?.to_string();
+        let seen = apps::python_client(&client, "grpc_client", &[&to])?;
+        let expected = match service {
+            "both" => json!(["far", "near"]),
+            one => json!([one]),
+        };
+        assert_eq!(
+            seen["servers"], expected,
+            "calls of one connection go to every endpoint: {seen}"
+        );
+        for check in ["big", "server_stream", "bidi"] {
+            assert_eq!(seen[check], true, "{service}: {check}: {seen}");
+        }
+        assert_eq!(seen["client_stream"], 500_000, "{service}: {seen}");
+        for code in ["NOT_FOUND", "PERMISSION_DENIED", "INVALID_ARGUMENT"] {
+            assert_eq!(seen["codes"][code], code, "{service}: {seen}");
+        }
+        assert_eq!(seen["deadline"], "DEADLINE_EXCEEDED", "{service}: {seen}");
+        assert_eq!(seen["cancel"], "CANCELLED", "{service}: {seen}");
+    }
+    let mut cancelled = 0;
+    for server in servers {
+        let report = apps::python_report(server)?;
+        let deadlines = report["deadlines"].as_array().context("deadlines")?;
+        // What the client gave, less what the way took.
+        let bounded = |given: &serde_json::Value| given.as_f64().is_some_and(|left| left <= 15.0);
+        assert!(deadlines.iter().all(bounded), "{report}");
+        cancelled += report["cancelled"].as_u64().unwrap_or_default();
+    }
+    // One deadline and one cancellation for each of the three Services.
+    assert_eq!(cancelled, 6);
+    Ok(())
+}
+
+#[test]
+fn a_websocket_talks_in_both_directions_and_closes_in_order() -> Result<()> {
+    machine::require_module("websockets", "python3-websockets")?;
+    let lab = cluster().start()?;
+    let port = TARGET.to_string();
+    let serve = |name: &str| apps::python_server(&lab.pod(name)?, "websocket_server", &[&port]);
+    let _servers = [serve("near")?, serve("far")?];
+    for service in ["near", "far"] {
+        let url = format!("ws://{}/chat", lab.service(service, PORT)?);
+        let seen = apps::python_client(&lab.pod("client")?, "websocket_client", &[&url])?;
+        assert_eq!(
+            seen,
+            json!({"echoed": 200, "whole": true, "closed": 1000}),
+            "{service}"
+        );
+    }
+    Ok(())
+}
+
+#[test]
+fn load_generators_see_no_failed_request_over_http1_and_http2() -> Result<()> {
+    machine::require(&[machine::WRK, machine::H2LOAD])?;
+    let lab = cluster().start()?;
+    let client = lab.pod("client")?;
+    let serve = |name: &str| lab.pod(name)?.serve_web(&WebOptions::new(name, TARGET));
+    let servers = [serve("near")?, serve("far")?];
+    let to = lab.service("both", PORT)?;
+    let url = format!("http://{to}/");
+    let wrk = run(&client, "wrk", &["-t1", "-c16", "-d2s", &url])?;
+    assert!(wrk.contains("requests in"), "{wrk}");
+    assert!(
+        !wrk.contains("Non-2xx") && !wrk.contains("Socket errors"),
+        "{wrk}"
+    );
+    let h2load = run(&client, "h2load", &["-n4000", "-c4", "-m16", &url])?;
+    assert!(
+        h2load.contains("4000 succeeded, 0 failed, 0 errored"),
+        "{h2load}"
+    );
+    for server in &servers {
+        let report = server.report()?;
+        assert!(report.received > 1_000, "{report:?}");
+    }
+    Ok(())
+}
+
+#[test]
+fn ten_thousand_requests_go_through_a_rollout_without_one_failure() -> Result<()> {
+    let pod = |name: &str, side: Side| {
+        let pod = PodSpec::new(name).on(side).label("app", "api");
+        pod.service_account("api").port("http", TARGET)
+    };
+    let lab = Lab::builder()
+        .pod(PodSpec::new("client").on(Side::A))
+        .pod(pod("old-1", Side::A))
+        .pod(pod("old-2", Side::B))
+        .pod(pod("stay-1", Side::A))
+        .pod(pod("stay-2", Side::B))
+        .service(ServiceSpec::new("api").http(PORT, TARGET))
+        .start()?;
+    let serve = |name: &str| lab.pod(name)?.serve_web(&WebOptions::new(name, TARGET));
+    let _staying = [serve("stay-1")?, serve("stay-2")?];
+    let old = [("old-1", serve("old-1")?), ("old-2", serve("old-2")?)];
+    let load = LoadOptions::new(lab.service("api", PORT)?)
+        .rate(1250)
+        .connections(32)
+        .during(Duration::from_secs(8));
+    let load = lab.pod("client")?.start_load(&load)?;
+    wait::pause(Duration::from_secs(1))?;
+    let mut new = Vec::new();
+    for (index, (name, server)) in old.into_iter().enumerate() {
+        let fresh = format!("new-{index}");
+        let side = Side::ALL[index];
+        let added = lab.add_pod(&pod(&fresh, side))?;
+        new.push(added.serve_web(&WebOptions::new(&fresh, TARGET))?);
+        lab.wait_enrolled(&added)?;
+        wait::pause(Duration::from_secs(1))?;
+        // As the kubelet does: no longer an endpoint, and some time to finish before the end.
+        lab.set_ready(name, false)?;
+        wait::pause(Duration::from_secs(1))?;
+        server.stop(LIMIT)?;
+        lab.remove_pod(name)?;
+    }
+    let report = load.finish(LIMIT)?;
+    assert_eq!(report.failed(), 0, "{report:?}");
+    assert_eq!(report.sent + report.unsent, 10_000, "{report:?}");
+    assert!(report.sent > 9_900, "the client was too slow: {report:?}");
+    for server in &new {
+        let report = server.report()?;
+        assert!(report.received > 500, "{report:?}");
+    }
+    Ok(())
+}
+
+#[test]
+fn a_server_that_misbehaves_is_reported_for_what_it_did_and_never_completed() -> Result<()> {
+    let lab = cluster().start()?;
+    let client = lab.pod("client")?;
+    let port = TARGET.to_string();
+    let serve = |name: &str| apps::python_server(&lab.pod(name)?, "bad_server", &[&port]);
+    let servers = [serve("near")?, serve("far")?];
+    let curl = |service: &str, path: &str| -> Result<(String, i32)> {
+        let url = format!("http://{}{path}", lab.service(service, PORT)?);
+        #[rustfmt::skip]
+        let args = [
+            "--silent", "--output", "/dev/null", "--max-time", "5",
+            "--write-out", "%{http_code} %header{x-undermesh-reason}", &url,
+        ];
+        let output = client.place().output("curl", &args)?;
+        let text = String::from_utf8_lossy(&output.stdout).trim().to_owned();
+        Ok((text, output.status.code().unwrap_or(-1)))
+    };
+    for service in ["near", "far"] {
+        let seen = |path: &str| curl(service, path).with_context(|| format!("{service}{path}"));
+        assert_eq!(seen("/ok")?, ("200".to_owned(), 0));
+        assert_eq!(seen("/until-close")?, ("200".to_owned(), 0));
+        assert_eq!(seen("/slow")?, ("200".to_owned(), 0));
+        for path in ["/reset", "/close", "/garbage", "/bad-length"] {
+            let (answer, exit) = seen(path)?;
+            let (status, reason) = answer.split_once(' ').unwrap_or((&answer, ""));
+            assert!(
+                ["502", "503"].contains(&status),
+                "{service}{path}: {answer}"
+            );
+            assert!(!reason.is_empty(), "{service}{path}: {answer}");
+            assert_eq!(exit, 0, "{service}{path}: {answer}");
+        }
+        // What is cut after it began must not look whole: curl says 18 (partial) or 56 (reset).
+        for path in ["/half-then-fin", "/half-then-reset", "/chunked-cut"] {
+            let (answer, exit) = seen(path)?;
+            assert!([18, 56].contains(&exit), "{service}{path}: {answer} {exit}");
+        }
+        // The client's own patience, curl's 28.
+        assert_eq!(seen("/hang")?.1, 28, "{service}");
+    }
+    for server in servers {
+        let report = apps::python_report(server)?;
+        // A connection that was closed on a request that may have been done is not tried again by itself.
+        for path in ["/half-then-fin", "/chunked-cut", "/garbage"] {
+            assert_eq!(report[path], 1, "{path}: {report}");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn a_slow_server_does_not_slow_another() -> Result<()> {
+    let lab = cluster().start()?;
+    let client = lab.pod("client")?;
+    let serve = |name: &str| lab.pod(name)?.serve_web(&WebOptions::new(name, TARGET));
+    let (near, _far) = (serve("near")?, serve("far")?);
+    near.behave(&Behaviour {
+        delay_ms: 2_000,
+        ..Behaviour::default()
+    })?;
+    let slow = LoadOptions::new(lab.service("near", PORT)?)
+        .connections(64)
+        .during(Duration::from_secs(3));
+    let slow = client.start_load(&slow)?;
+    let quick = LoadOptions::new(lab.service("far", PORT)?).rate(100);
+    let quick = client.start_load(&quick)?.finish(LIMIT)?;
+    assert_eq!(quick.failed(), 0, "{quick:?}");
+    assert!(quick.latency.p50 < 500.0, "{quick:?}");
+    assert_eq!(slow.finish(LIMIT)?.failed(), 0);
+    Ok(())
+}
