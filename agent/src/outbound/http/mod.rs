@@ -20,6 +20,8 @@ mod network;
 mod refusal;
 mod request;
 mod route;
+#[cfg(test)]
+mod tests;
 mod view;
 
 use std::net::SocketAddr;
