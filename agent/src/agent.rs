@@ -19,7 +19,7 @@ use crate::capture::{
     Accepted, Capture, CaptureError, CaptureOptions, EnrolError, Handler, KernelOptions, Role,
 };
 use crate::discovery::files::{FileSource, FileSourceError, FileSourceOptions};
-use crate::http::HttpCounters;
+use crate::http::{HttpCounters, UpstreamPool};
 use crate::identity::{
     AuthorityClient, AuthorityClientOptions, Certificates, CertificatesOptions, ClientError,
 };
@@ -178,7 +178,7 @@ pub async fn run(
     });
     tokio::spawn(outbound.clone().maintain(background.clone()));
     let dispatch = Arc::new(Dispatch {
-        outbound,
+        outbound: outbound.clone(),
         inbound: Arc::new(Inbound {
             snapshot: snapshot.clone(),
             certificates: certificates.clone(),
@@ -210,6 +210,7 @@ pub async fn run(
         background.clone(),
     ));
     count(&telemetry, &capture, &certificates, &pool, &events, &http);
+    count_upstreams(&telemetry, outbound.upstreams());
 
     let state = admin_state(
         &options,
@@ -345,6 +346,27 @@ fn count(
         "undermesh_destination_events",
         "Movements of circuit breakers, and of endpoints out of the balance and back",
         move || labelled("event", events.counters()),
+    );
+}
+
+/// What happened to connections that are kept for HTTP requests.
+fn count_upstreams(telemetry: &Telemetry, upstreams: &Arc<UpstreamPool>) {
+    let upstreams = upstreams.clone();
+    telemetry.register_counter(
+        "undermesh_http_upstream_events",
+        "What happened to upstream connections that are kept for HTTP requests",
+        move || {
+            let counters = upstreams.counters();
+            [
+                ("created", counters.created),
+                ("reused", counters.reused),
+                ("overflowed", counters.overflowed),
+                ("expired", counters.expired),
+                ("found_closed", counters.found_closed),
+            ]
+            .map(|(event, count)| Labelled::one("event", event, count))
+            .into()
+        },
     );
 }
 

@@ -27,6 +27,10 @@ pub const TCPDUMP: Tool = tool("tcpdump", "tcpdump");
 pub const NGINX: Tool = tool("nginx", "nginx-light");
 /// curl.
 pub const CURL: Tool = tool("curl", "curl");
+/// h2load.
+pub const H2LOAD: Tool = tool("h2load", "nghttp2-client");
+/// python3.
+pub const PYTHON: Tool = tool("python3", "python3-minimal");
 /// redis-server.
 pub const REDIS: Tool = tool("redis-server", "redis-server");
 /// redis-cli and redis-benchmark.

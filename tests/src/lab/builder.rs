@@ -203,7 +203,8 @@ pub struct ServiceSpec {
     name: String,
     namespace: String,
     selector: BTreeMap<String, String>,
-    ports: Vec<(u16, u16)>,
+    /// What its name says is spoken, port, target.
+    ports: Vec<(&'static str, u16, u16)>,
 }
 
 impl ServiceSpec {
@@ -235,7 +236,14 @@ impl ServiceSpec {
     /// With a TCP port that leads to `target` of the pods.
     #[must_use]
     pub fn port(mut self, port: u16, target: u16) -> Self {
-        self.ports.push((port, target));
+        self.ports.push(("tcp", port, target));
+        self
+    }
+
+    /// The same, for HTTP.
+    #[must_use]
+    pub fn http(mut self, port: u16, target: u16) -> Self {
+        self.ports.push(("http", port, target));
         self
     }
 
@@ -243,8 +251,8 @@ impl ServiceSpec {
         let ports: Vec<Value> = self
             .ports
             .iter()
-            .map(|(port, target)| {
-                json!({"name": format!("tcp-{port}"), "port": port, "targetPort": target, "protocol": "TCP"})
+            .map(|(kind, port, target)| {
+                json!({"name": format!("{kind}-{port}"), "port": port, "targetPort": target, "protocol": "TCP"})
             })
             .collect();
         json!({

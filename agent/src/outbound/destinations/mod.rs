@@ -5,6 +5,7 @@
 //! Whoever asks for a destination finds it as the newest snapshot has it: a change of endpoints or
 //! policy is applied by whoever sees it first, and by [`Destinations::maintain`] where nobody asks.
 
+mod book;
 mod destination;
 mod events;
 mod name;

@@ -12,6 +12,7 @@ use http_body_util::combinators::BoxBody;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
 use super::*;
@@ -35,7 +36,6 @@ pub(super) const FAR: Duration = Duration::from_secs(20);
 #[derive(Debug, Clone)]
 pub(super) struct Heard {
     pub(super) method: Method,
-    pub(super) path: String,
     pub(super) headers: HeaderMap,
     pub(super) body: Bytes,
 }
@@ -54,6 +54,16 @@ pub(super) enum Act {
     /// Breaks the connection, or resets the stream.
     Reset,
     Hang,
+    /// Answers when it is told to.
+    When(Arc<Notify>, Response<BoxBody<Bytes, std::io::Error>>),
+}
+
+/// The same answer, held back until it is told to go.
+pub(super) fn held(gate: &Arc<Notify>, act: Act) -> Act {
+    match act {
+        Act::Answer(response) => Act::When(gate.clone(), response),
+        other => other,
+    }
 }
 
 /// An answer with this status and body.
@@ -168,7 +178,6 @@ async fn perform(
     let body = body.collect().await.map_err(std::io::Error::other)?;
     let heard = Heard {
         method: head.method,
-        path: head.uri.path().to_owned(),
         headers: head.headers,
         body: body.to_bytes(),
     };
@@ -181,6 +190,10 @@ async fn perform(
         Act::Answer(response) => Ok(response),
         Act::Reset => Err(std::io::ErrorKind::ConnectionReset.into()),
         Act::Hang => std::future::pending().await,
+        Act::When(gate, response) => {
+            gate.notified().await;
+            Ok(response)
+        }
     }
 }
 

@@ -31,7 +31,7 @@ async fn a_grpc_outcome_is_read_from_the_head_and_from_trailers() {
 async fn a_grpc_error_in_trailers_right_behind_the_head_is_tried_again() {
     let peer = Peer::new(Wire::Http2, |n, _| grpc_head(if n == 0 { 14 } else { 0 })).await;
     let world = World::new(&[peer.address]);
-    let retries = json!({"retries": {"methods": "Any", "backoff": {"base": "1ms"}}});
+    let retries = json!({"retries": {"attempts": 2, "methods": "Any", "backoff": {"base": "1ms"}}});
     world.policy("cart", &retries);
     let mut client = world.connect("cart", Wire::Http2).await;
     assert_eq!(client.call(&[]).await.header("grpc-status"), "0");

@@ -2,6 +2,8 @@
 
 use std::collections::BTreeMap;
 
+use tokio::sync::Notify;
+
 use super::*;
 use crate::mesh::route::{Fraction, Mirror, SessionCarrier, SessionPersistence};
 
@@ -13,12 +15,13 @@ async fn requests_of_one_connection_are_balanced_one_by_one_over_kept_connection
     }
     let addresses: Vec<SocketAddr> = peers.iter().map(|peer| peer.address).collect();
     let world = World::new(&addresses);
+    world.policy("cart", &json!({"balancing": {"algorithm": "RoundRobin"}}));
     let mut client = world.connect("cart", Wire::Http1).await;
     for _ in 0..200 {
         assert_eq!(client.get("/").await.status, 200);
     }
     let counts: Vec<usize> = peers.iter().map(Peer::count).collect();
-    assert!(counts.iter().all(|count| *count >= 10), "{counts:?}");
+    assert!(counts.iter().all(|count| *count >= 25), "{counts:?}");
     assert_eq!(world.dialled.load(Ordering::Relaxed), 4);
 }
 
@@ -41,13 +44,9 @@ async fn backends_get_their_share() {
 
 #[tokio::test]
 async fn a_change_is_in_force_for_the_next_request_and_cuts_none_in_flight() {
-    let slow = Peer::new(Wire::Http2, |_, heard| {
-        if heard.path == "/slow" {
-            std::thread::sleep(Duration::from_millis(100));
-        }
-        answer(200, "old")
-    })
-    .await;
+    let gate = Arc::new(Notify::new());
+    let go = gate.clone();
+    let slow = Peer::new(Wire::Http2, move |_, _| held(&go, answer(200, "old"))).await;
     let new = Peer::new(Wire::Http2, |_, _| answer(200, "new")).await;
     let world = World::new(&[]);
     world.service("old", &[slow.address]);
@@ -60,6 +59,7 @@ async fn a_change_is_in_force_for_the_next_request_and_cuts_none_in_flight() {
     world.service("old", &[]);
     world.destinations.maintain();
     assert_eq!(client.get("/").await.text(), "new");
+    gate.notify_one();
     let old = in_flight.await.unwrap().unwrap();
     let body = old.into_body().collect().await.unwrap().to_bytes();
     assert_eq!(body, "old");
@@ -77,6 +77,7 @@ async fn a_session_stays_with_its_endpoint() {
     let carrier = SessionCarrier::Header("x-session".parse().unwrap());
     sticky.session = Some(SessionPersistence::new(&sticky.name, carrier));
     world.routes(vec![sticky]);
+    world.policy("cart", &json!({"balancing": {"algorithm": "RoundRobin"}}));
     let mut client = world.connect("cart", Wire::Http1).await;
     let first = client.get("/").await;
     let session = first.header("x-session").to_owned();
@@ -123,16 +124,15 @@ async fn a_mirror_gets_a_copy_and_its_answer_is_nobodys() {
 
 #[tokio::test]
 async fn a_drain_answers_what_is_in_flight_and_takes_no_more() {
-    let peer = Peer::http1(|_, _| {
-        std::thread::sleep(Duration::from_millis(50));
-        answer(200, "last")
-    })
-    .await;
+    let gate = Arc::new(Notify::new());
+    let go = gate.clone();
+    let peer = Peer::http1(move |_, _| held(&go, answer(200, "last"))).await;
     let world = World::new(&[peer.address]);
     let mut client = world.connect("cart", Wire::Http1).await;
     let in_flight = tokio::spawn(client.start(request("GET", "/", &[], "")));
     until("the request to arrive", || peer.count() == 1).await;
     client.drain.cancel();
+    gate.notify_one();
     let last = in_flight.await.unwrap().unwrap();
     assert_eq!(last.headers()["connection"], "close");
     let body = last.into_body().collect().await.unwrap().to_bytes();
