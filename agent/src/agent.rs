@@ -11,23 +11,35 @@ use arc_swap::ArcSwap;
 use clap::Args;
 use serde::Serialize;
 use thiserror::Error;
-use tokio::time::{Instant, timeout_at};
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use crate::admin::{Admin, AdminError, AdminOptions, AdminState, Column, Condition, Exposure};
-use crate::capture::{
-    Accepted, Capture, CaptureError, CaptureOptions, EnrolError, Handler, KernelOptions, Role,
+use crate::admin::breakers::{
+    BREAKER_COLUMNS, BreakerWatch, report as report_breakers, rows as breaker_rows,
 };
+use crate::admin::{
+    Admin, AdminError, AdminOptions, AdminState, Column, Condition, Control, ControlError,
+    Exposure, policies,
+};
+use crate::capture::{
+    self, Accepted, Capture, CaptureError, CaptureOptions, EnrolError, Handler, KernelOptions, Role,
+};
+use crate::cli::CONTROL_SOCKET;
 use crate::discovery::files::{FileSource, FileSourceError, FileSourceOptions};
+use crate::fairness::{Fairness, Monotonic};
+use crate::handover::{Giver, HandoverError};
 use crate::http::{HttpCounters, UpstreamPool};
 use crate::identity::{
     AuthorityClient, AuthorityClientOptions, Certificates, CertificatesOptions, ClientError,
 };
 use crate::inbound::Inbound;
 use crate::mesh::{MeshConfig, SharedSnapshot, Snapshot};
-use crate::outbound::{Clock, Destinations, EventReporter, Outbound, OutboundParts};
+use crate::outbound::{Clock, Destinations, Outbound, OutboundParts};
+use crate::resilience::BreakerBook;
 use crate::telemetry::{Labelled, Logging, Telemetry, housekeep};
 use crate::tunnel::{Pool, PoolOptions};
+
+mod succession;
 
 /// How often a stopping agent looks whether its last connection has ended.
 const DRAIN_CHECK: Duration = Duration::from_millis(50);
@@ -45,6 +57,10 @@ pub struct AgentOptions {
     /// mount in /proc/self/mountinfo
     #[arg(long, value_name = "DIR")]
     pub cgroup_root: Option<PathBuf>,
+    /// cgroup2 directory of the kubelet, which may appear later: what runs there, or below, reaches
+    /// the declared probe ports of STRICT pods. May be repeated
+    #[arg(long, value_name = "DIR")]
+    pub probe_cgroup: Vec<PathBuf>,
     /// Directory on a bpffs for what outlives the agent
     #[arg(long, value_name = "DIR", default_value = "/sys/fs/bpf/undermesh")]
     pub pins: PathBuf,
@@ -63,6 +79,9 @@ pub struct AgentOptions {
     /// Where the admin endpoint listens: loopback only
     #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:15000")]
     pub admin: SocketAddr,
+    /// Unix socket for what changes something, for root alone: forcing circuit breakers
+    #[arg(long, value_name = "PATH", default_value = CONTROL_SOCKET)]
+    pub admin_socket: PathBuf,
     /// Where metrics are served
     #[arg(long, value_name = "ADDR", default_value = "0.0.0.0:15020")]
     pub metrics: SocketAddr,
@@ -72,6 +91,18 @@ pub struct AgentOptions {
     /// How many seconds live connections may go on after SIGTERM; then they are reset
     #[arg(long, value_name = "SECONDS", default_value_t = 5)]
     pub shutdown_drain: u64,
+    /// Unix socket where a successor takes this agent's listeners, and where a running agent is
+    /// looked for at start: if one answers, it is taken over. Default: a file in /run/undermesh that
+    /// is named after the device and inode of --pins
+    #[arg(long, value_name = "PATH")]
+    pub hand_over_socket: Option<PathBuf>,
+    /// Take a running agent over, or do not start
+    #[arg(long)]
+    pub take_over: bool,
+    /// How many seconds live connections may go on after a successor has taken over; then they are
+    /// reset. SIGTERM meanwhile shortens it to --shutdown-drain
+    #[arg(long, value_name = "SECONDS", default_value_t = 60)]
+    pub hand_over_drain: u64,
     /// Take all pods of this node out of the mesh and everything out of the kernel, instead of
     /// leaving the failure mode in force, when the agent is told to stop
     #[arg(long)]
@@ -90,45 +121,58 @@ pub enum AgentError {
     /// The kernel side.
     #[error(transparent)]
     Capture(#[from] CaptureError),
-    /// The kernel side could not be taken away.
+    /// The kernel side could not be taken away, or not replaced.
     #[error(transparent)]
-    Uninstall(#[from] EnrolError),
+    Kernel(#[from] EnrolError),
     /// The CA's address.
     #[error(transparent)]
     Authority(#[from] ClientError),
     /// The manifests.
     #[error(transparent)]
     Manifests(#[from] FileSourceError),
+    /// Taking over from a running agent, or waiting for a successor.
+    #[error("hand-over: {0}")]
+    Handover(#[from] HandoverError),
     /// The admin endpoint.
     #[error(transparent)]
     Admin(#[from] AdminError),
+    /// The control socket.
+    #[error(transparent)]
+    Control(#[from] ControlError),
 }
 
 /// Hands what capture accepts to the part that it is for.
 struct Dispatch {
     outbound: Arc<Outbound>,
     inbound: Arc<Inbound>,
+    fairness: Arc<Fairness>,
     /// Set right after capture was started, before it knows of any pod.
     capture: OnceLock<Weak<Capture>>,
 }
 
 impl Handler for Dispatch {
     fn handle(&self, accepted: Accepted) -> Pin<Box<dyn Future<Output = ()> + Send>> {
+        let pod = accepted.pod.netns_cookie();
         match accepted.role {
             Role::Outbound => {
                 let outbound = self.outbound.clone();
                 let capture = self.capture.get().and_then(Weak::upgrade);
-                Box::pin(async move {
+                Box::pin(self.fairness.turns(pod, async move {
                     if let Some(capture) = capture {
                         outbound.serve(accepted, capture).await;
                     }
-                })
+                }))
             }
             Role::Inbound => {
                 let inbound = self.inbound.clone();
-                Box::pin(async move { inbound.serve_plaintext(accepted).await })
+                Box::pin(self.fairness.turns(pod, async move {
+                    inbound.serve_plaintext(accepted).await;
+                }))
             }
-            Role::Hbone => Box::pin(self.inbound.clone().serve_tunnel(accepted)),
+            Role::Hbone => {
+                let tunnel = self.inbound.clone().serve_tunnel(accepted);
+                Box::pin(self.fairness.turns(pod, tunnel))
+            }
         }
     }
 }
@@ -158,23 +202,39 @@ pub async fn run(
     let certificates = Certificates::new(CertificatesOptions::new(authority));
     tokio::spawn(certificates.clone().run(background.clone()));
 
+    let manifests = FileSourceOptions::new(&options.manifests, &options.node);
+    let manifests = FileSource::start(manifests, snapshot.clone(), background.clone())?;
+    let mut taken = match succession::find(&options).await? {
+        Some(running) => {
+            let now = snapshot.load();
+            tokio::select! {
+                taken = succession::prepare(running, &certificates, &now, &options.node) => Some(taken?),
+                // The running agent was not touched.
+                () = stop.cancelled() => return Ok(()),
+            }
+        }
+        None => None,
+    };
+
+    let fairness = Fairness::start(Monotonic::default(), background.clone());
     let pool = Pool::new(PoolOptions::default());
-    let events = Arc::new(EventReporter::default());
+    let leaving = stop.child_token();
+    let breakers = BreakerWatch::new();
     let destinations = Destinations::new(
         snapshot.clone(),
         &options.node,
         Clock::start(),
-        events.clone(),
+        breakers.clone(),
     );
     let http = Arc::new(HttpCounters::default());
     let outbound = Outbound::new(OutboundParts {
         snapshot: snapshot.clone(),
         certificates: certificates.clone(),
         tunnels: pool.clone(),
-        destinations,
+        destinations: destinations.clone(),
         counters: http.clone(),
         telemetry: telemetry.clone(),
-        drain: stop.child_token(),
+        drain: leaving.clone(),
     });
     tokio::spawn(outbound.clone().maintain(background.clone()));
     let dispatch = Arc::new(Dispatch {
@@ -183,8 +243,9 @@ pub async fn run(
             snapshot: snapshot.clone(),
             certificates: certificates.clone(),
             telemetry: telemetry.clone(),
-            drain: stop.child_token(),
+            drain: leaving.clone(),
         }),
+        fairness: fairness.clone(),
         capture: OnceLock::new(),
     });
     let cgroup = match &options.cgroup_root {
@@ -197,21 +258,36 @@ pub async fn run(
             cgroup,
             pins: options.pins.clone(),
         },
+        probe_cgroups: options.probe_cgroup.clone(),
     };
-    let capture = Capture::start(capture, dispatch.clone())?;
+    let mut slots = Vec::new();
+    let capture = match &mut taken {
+        None => Capture::start(capture, dispatch.clone())?,
+        Some(taken) => {
+            let handed = std::mem::take(&mut taken.listeners);
+            slots.extend(handed.iter().map(|one| one.slot));
+            Capture::start_beside(capture, dispatch.clone(), handed)?
+        }
+    };
     // Only this place sets it.
     let _ = dispatch.capture.set(Arc::downgrade(&capture));
 
-    let manifests = FileSourceOptions::new(&options.manifests, &options.node);
-    let manifests = FileSource::start(manifests, snapshot.clone(), background.clone())?;
     tokio::spawn(housekeep(
         telemetry.clone(),
         snapshot.clone(),
         background.clone(),
     ));
-    count(&telemetry, &capture, &certificates, &pool, &events, &http);
+    count(&telemetry, &capture, &certificates, &pool, &http);
+    let book: Arc<dyn BreakerBook> = destinations;
+    report_breakers(&telemetry, &book, &breakers);
     count_upstreams(&telemetry, outbound.upstreams());
+    telemetry.register_counter(
+        "undermesh_fairness_parked",
+        "Times that a task waited because its pod had used up its quantum while others were busy",
+        move || vec![Labelled::bare(fairness.parked())],
+    );
 
+    let routed = snapshot.clone();
     let state = admin_state(
         &options,
         &telemetry,
@@ -219,37 +295,70 @@ pub async fn run(
         &certificates,
         &pool,
         &manifests,
-        &stop,
-    );
+        &leaving,
+    )
+    .view("routes", ROUTE_COLUMNS, move || routed.load().route_views());
+    let state = with_policies(state, &snapshot);
+    let (shown, watch) = (book.clone(), breakers.clone());
+    let state = state.view("breakers", BREAKER_COLUMNS, move || {
+        breaker_rows(&*shown, &watch)
+    });
+    let control = Control::bind(&options.admin_socket, book)?;
     let addresses = AdminOptions {
         admin: options.admin,
         exposure: Exposure::Loopback,
         metrics: options.metrics,
         readiness: options.readiness,
     };
-    let admin = Admin::bind(&addresses, Arc::new(state)).await?;
-    tokio::spawn(admin.run(background.clone()));
+    let handed = taken
+        .as_mut()
+        .map(succession::own_listeners)
+        .unwrap_or_default();
+    let admin = Admin::bind_with(&addresses, Arc::new(state), handed).await?;
+    let copies = admin.copies().map_err(HandoverError::from)?;
+    if taken.is_some() || capture.waits_for_replacement() {
+        let refused = manifests.statuses().borrow().errors_total;
+        let now = snapshot.load_full();
+        succession::want(&certificates, &now, &options.node);
+        capture.keep_leftovers(refused > 0);
+        capture.apply(now);
+        succession::complete(taken, &capture, &slots).await?;
+    }
+    let serving = background.child_token();
+    tokio::spawn(admin.run(serving.clone()));
+    tokio::spawn(control.run(background.clone()));
     tracing::info!(node = options.node, manifests = %options.manifests.display(), "started");
 
+    let giver = Giver::open(
+        &succession::socket(&options)?,
+        &options.node,
+        capture.clone(),
+        certificates.clone(),
+        succession::endpoints(copies),
+    )
+    .await?;
+    let mut successor = Box::pin(giver.serve());
     let mut statuses = manifests.statuses();
     while !stop.is_cancelled() {
         // Before the snapshot: a change between the two is seen again.
         let refused = statuses.borrow_and_update().errors_total;
         let now = snapshot.load_full();
         // The identities first: a pod's first connection asks for its certificate.
-        certificates.want(
-            now.workloads_on(&options.node)
-                .filter(|workload| workload.is_meshed())
-                .map(|workload| workload.identity.clone())
-                .collect(),
-        );
+        succession::want(&certificates, &now, &options.node);
         capture.keep_leftovers(refused > 0);
         capture.apply(now);
         tokio::select! {
-            changed = statuses.changed() => if changed.is_err() { stop.cancelled().await },
+            biased;
             () = stop.cancelled() => {}
+            committed = &mut successor => {
+                leaving.cancel();
+                serving.cancel();
+                return succession::hand_over(committed, &options, &capture, &telemetry, &stop).await;
+            }
+            changed = statuses.changed() => if changed.is_err() { stop.cancelled().await },
         }
     }
+    drop(successor);
     stopped(&options, &capture, &telemetry).await
 }
 
@@ -272,17 +381,7 @@ async fn stopped(
     );
     capture.shutdown().await;
     let deadline = Instant::now() + Duration::from_secs(options.shutdown_drain);
-    let drained = async {
-        while telemetry.live() > 0 {
-            tokio::time::sleep(DRAIN_CHECK).await;
-        }
-    };
-    if timeout_at(deadline, drained).await.is_err() {
-        tracing::warn!(
-            live = telemetry.live(),
-            "stopped; what is still live is reset"
-        );
-    }
+    succession::drain(telemetry, deadline).await;
     Ok(())
 }
 
@@ -292,7 +391,6 @@ fn count(
     capture: &Arc<Capture>,
     certificates: &Arc<Certificates>,
     pool: &Arc<Pool>,
-    events: &Arc<EventReporter>,
     http: &Arc<HttpCounters>,
 ) {
     fn labelled(label: &'static str, counters: Vec<(&'static str, u64)>) -> Vec<Labelled<u64>> {
@@ -305,6 +403,7 @@ fn count(
         "Verdicts of the kernel programs on connections of enrolled pods",
         move || labelled("verdict", kernel.kernel().counters()),
     );
+    capture::metrics::register(telemetry, capture);
     let capture = capture.clone();
     telemetry.register_counter(
         "undermesh_capture_events",
@@ -341,12 +440,6 @@ fn count(
         "HTTP connections that were ended because of a flood, by kind",
         move || labelled("kind", guards.floods()),
     );
-    let events = events.clone();
-    telemetry.register_counter(
-        "undermesh_destination_events",
-        "Movements of circuit breakers, and of endpoints out of the balance and back",
-        move || labelled("event", events.counters()),
-    );
 }
 
 /// What happened to connections that are kept for HTTP requests.
@@ -379,7 +472,8 @@ fn admin_state(
     manifests: &Arc<FileSource>,
     stop: &CancellationToken,
 ) -> AdminState {
-    let (synced, targets, pods, kernel) = (
+    let (synced, targets, pods, kernel, memory) = (
+        capture.clone(),
         capture.clone(),
         capture.clone(),
         capture.clone(),
@@ -403,6 +497,7 @@ fn admin_state(
             true => Condition::NotReady("the agent was told to stop".into()),
         })
         .report("manifests", move || manifests.status())
+        .report("memory", move || memory.memory())
         .view("pods", POD_COLUMNS, move || pods.pods())
         .view("kernel", &[], move || KernelView {
             kernel: kernel.kernel().status(),
@@ -410,6 +505,18 @@ fn admin_state(
         })
         .view("certificates", &[], move || certificates.status())
         .view("tunnels", &[], move || pool.status())
+}
+
+/// What policies say, and which are not in force.
+fn with_policies(state: AdminState, snapshot: &SharedSnapshot) -> AdminState {
+    let (shown, refusing) = (snapshot.clone(), snapshot.clone());
+    state
+        .report("policies_refused", move || {
+            policies::refused(&refusing.load())
+        })
+        .view("policies", policies::POLICY_COLUMNS, move || {
+            policies::rows(&shown.load())
+        })
 }
 
 /// `/pods` as a table; JSON has the rest.
@@ -426,6 +533,17 @@ const POD_COLUMNS: &[Column] = &[
     column("NETNS_COOKIE", &["netns_cookie"]),
     column("NEXT_RETRY", &["next_retry"]),
     column("LAST_ERROR", &["last_error"]),
+];
+
+/// `/routes` as a table; JSON has the rules and all conditions.
+const ROUTE_COLUMNS: &[Column] = &[
+    column("ROUTE", &["route"]),
+    column("PARENT", &["parent"]),
+    column("ACCEPTED", &["accepted"]),
+    column("RESOLVED_REFS", &["resolved_refs"]),
+    column("REASON", &["reason"]),
+    column("MESSAGE", &["message"]),
+    column("NOTES", &["notes"]),
 ];
 
 const fn column(header: &'static str, fields: &'static [&'static str]) -> Column {

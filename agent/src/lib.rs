@@ -6,6 +6,8 @@ pub mod agent;
 pub mod capture;
 pub mod cli;
 pub mod discovery;
+pub mod fairness;
+pub mod handover;
 pub mod http;
 pub mod identity;
 pub mod inbound;

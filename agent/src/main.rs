@@ -36,7 +36,7 @@ enum Command {
     /// Run the agent of this node
     Agent {
         #[command(flatten)]
-        options: AgentOptions,
+        options: Box<AgentOptions>,
         /// Threads that serve connections
         #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u16).range(1..=256))]
         workers: u16,
@@ -122,7 +122,7 @@ fn run(command: Command) -> anyhow::Result<()> {
                 Watchdog::start(runtime.handle()).context("cannot start the watchdog")?;
             let served = runtime.block_on(async {
                 let stop = stop_on_signal()?;
-                anyhow::Ok(agent::run(options, &logging, stop).await?)
+                anyhow::Ok(agent::run(*options, &logging, stop).await?)
             });
             // Tasks that still relay are dropped with their sockets, which resets them.
             runtime.shutdown_background();

@@ -81,6 +81,32 @@ impl Address {
         self.words[2] == 0 && self.words[3] == 1_u32.to_be()
     }
 
+    /// Whether it is in 169.254.0.0/16 or fe80::/10.
+    #[inline(always)]
+    #[must_use]
+    pub const fn is_link_local(&self) -> bool {
+        match self.family() {
+            Family::V4 => u32::from_be(self.words[3]) >> 16 == 0xa9fe,
+            Family::V6 => u32::from_be(self.words[0]) >> 22 == 0xfe80 >> 6,
+        }
+    }
+
+    /// Whether it is in 10.0.0.0/8, 172.16.0.0/12, 192.168.0.0/16, 100.64.0.0/10 or fc00::/7.
+    #[inline(always)]
+    #[must_use]
+    pub const fn is_private(&self) -> bool {
+        match self.family() {
+            Family::V4 => {
+                let number = u32::from_be(self.words[3]);
+                number >> 24 == 10
+                    || number >> 20 == 0xac1
+                    || number >> 16 == 0xc0a8
+                    || number >> 22 == 0x6440 >> 6
+            }
+            Family::V6 => u32::from_be(self.words[0]) >> 25 == 0xfc >> 1,
+        }
+    }
+
     /// Whether it is `0.0.0.0` or `::`: that of a socket that is not bound.
     #[inline(always)]
     #[must_use]
@@ -137,6 +163,15 @@ impl From<Ipv6Addr> for Address {
     fn from(ip: Ipv6Addr) -> Self {
         IpAddr::V6(ip).into()
     }
+}
+
+#[cfg(feature = "user")]
+mod plain {
+    #![allow(unsafe_code)]
+    use super::Address;
+
+    // SAFETY: repr(C), integers only, no padding.
+    unsafe impl aya::Pod for Address {}
 }
 
 #[cfg(test)]

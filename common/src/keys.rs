@@ -72,6 +72,9 @@ pub struct Admission {
     pub socket_cookie: u64,
     /// Network namespace of that socket.
     pub netns_cookie: u64,
+    /// Network namespace in which its SYN was let through, 0 before: an address may belong to another
+    /// pod by the time that a connection is opened to it.
+    pub arrived_in: u64,
     /// [`Scope`] as number.
     pub scope: u32,
     /// Always 0: no byte of a map value is undefined.
@@ -125,6 +128,7 @@ mod tests {
         Admission {
             socket_cookie: 1,
             netns_cookie: 7,
+            arrived_in: 0,
             scope: scope as u32,
             reserved: 0,
         }

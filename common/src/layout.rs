@@ -3,7 +3,8 @@
 use core::mem::size_of;
 
 use crate::{
-    Admission, CAPTURE_MARK, ListenerKey, NativeTraffic, Pod, PodConstants, Target, Tuple, Verdict,
+    Address, Admission, CAPTURE_MARK, DestinationClass, ListenerKey, NativeConnection, NativeKey,
+    NativeTraffic, Pod, PodConstants, Target, Tuple, Verdict,
 };
 
 /// How many entries each map holds at most. None is allocated before it is used.
@@ -19,10 +20,21 @@ pub mod bounds {
     pub const ADMITTED: u32 = 1 << 18;
     /// Listeners: three of each family for each pod.
     pub const LISTENERS: u32 = PODS * 6;
+    /// Native traffic: every class of every pod.
+    pub const NATIVE: u32 = PODS * super::DestinationClass::ALL.len() as u32;
+    /// The node's own addresses. Connections to further ones count in the class of their range.
+    pub const NODE_ADDRESSES: u32 = 1024;
+    /// Declared probe ports of one pod; probes of further ones are not admitted, and its status
+    /// names them.
+    pub const PROBE_PORTS_PER_POD: u32 = 31;
+    /// Probe ports of all pods, and one entry for each address: no pod can take another's room.
+    pub const PROBES: u32 = PODS * 2 * (PROBE_PORTS_PER_POD + 1);
+    /// Cgroups that may probe. More are refused at start.
+    pub const PROBERS: u32 = 64;
 }
 
 /// Meaning of the ABI; raised by hand when the same bytes come to mean something else.
-const VERSION: u64 = 1;
+const VERSION: u64 = 2;
 
 /// Hash over version, sizes, bounds, and the names of the verdicts. Pins lie below a directory of
 /// this name, so that an agent never takes over maps of another shape.
@@ -35,12 +47,19 @@ pub const LAYOUT: u64 = {
         size_of::<Admission>() as u64,
         size_of::<Pod>() as u64,
         size_of::<PodConstants>() as u64,
+        size_of::<Address>() as u64,
+        size_of::<NativeKey>() as u64,
+        size_of::<NativeConnection>() as u64,
         size_of::<NativeTraffic>() as u64,
         bounds::PODS as u64,
         bounds::TARGETS as u64,
         bounds::INTENTS as u64,
         bounds::ADMITTED as u64,
         bounds::LISTENERS as u64,
+        bounds::NATIVE as u64,
+        bounds::NODE_ADDRESSES as u64,
+        bounds::PROBES as u64,
+        bounds::PROBERS as u64,
         CAPTURE_MARK as u64,
         Verdict::COUNT as u64,
     ];
@@ -93,10 +112,12 @@ mod tests {
         assert_eq!(size_of::<ListenerKey>(), 8 + 4 + 4);
         assert_eq!(size_of::<Target>(), 16 + 4);
         assert_eq!(size_of::<Tuple>(), 16 + 16 + 2 + 2);
-        assert_eq!(size_of::<Admission>(), 8 + 8 + 4 + 4);
+        assert_eq!(size_of::<Admission>(), 8 + 8 + 8 + 4 + 4);
         assert_eq!(size_of::<Pod>(), 16 + 16 + 4 + 4);
         assert_eq!(size_of::<PodConstants>(), 8 + 40);
-        assert_eq!(size_of::<NativeTraffic>(), 5 * 8);
+        assert_eq!(size_of::<NativeKey>(), 8 + 4 + 4);
+        assert_eq!(size_of::<NativeConnection>(), 8 + 4 + 4);
+        assert_eq!(size_of::<NativeTraffic>(), 8 * 8);
     }
 
     #[test]

@@ -74,24 +74,6 @@ impl Pod {
     }
 }
 
-/// What a pod's native connections (opened by it, not captured, not to itself) carried in all, when
-/// they are closed. Value of a per-CPU map with the pod map's key.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct NativeTraffic {
-    /// Connections that were closed, also those that never stood.
-    pub connections: u64,
-    /// Bytes that the peers acknowledged; as in the kernel's own counter, a FIN is one.
-    pub sent_bytes: u64,
-    /// Bytes that the peers sent; a FIN is one here too.
-    pub received_bytes: u64,
-    /// Segments that were sent again, SYNs too.
-    pub retransmits: u64,
-    /// Sum of the connections' last smoothed round-trip times, in microseconds: divide by
-    /// `connections`.
-    pub rtt_sum: u64,
-}
-
 /// Constants of one `sk_lookup` instance: that hook sees no cookie of its network namespace.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -113,17 +95,26 @@ pub enum Intent {
     Admitted = 2,
 }
 
+/// What the connect hook notes in a socket's storage for `sock_ops`. It goes with the socket, so a
+/// connect that fails before its SYN leaves nothing behind.
+#[repr(u32)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Note {
+    /// A pod's connection to the mesh: it bears the mark when its SYN is routed.
+    Captured = 1,
+    /// A probing cgroup's connection to a declared probe port: its tuple is admitted.
+    Probe = 2,
+}
+
 #[cfg(feature = "user")]
 mod plain {
     #![allow(unsafe_code)]
-    use super::{NativeTraffic, Pod, PodConstants};
+    use super::{Pod, PodConstants};
 
     // SAFETY: repr(C), integers only, no padding (see the test of sizes in `layout`).
     unsafe impl aya::Pod for Pod {}
     // SAFETY: as above.
     unsafe impl aya::Pod for PodConstants {}
-    // SAFETY: as above.
-    unsafe impl aya::Pod for NativeTraffic {}
 }
 
 #[cfg(test)]

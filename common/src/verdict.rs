@@ -47,8 +47,20 @@ verdicts! {
     ConnectMarkFailedPassed = "connect_mark_failed_passed",
     /// connect: the kernel refused mark or note, the pod is strict; ECONNREFUSED.
     ConnectMarkFailedRefused = "connect_mark_failed_refused",
-    /// sock_ops: the mark of a captured socket was changed between connect and SYN; set again.
+    /// connect: a probing cgroup to a declared probe port of an enrolled pod; its tuple is admitted.
+    ConnectProbe = "connect_probe",
+    /// connect: a probing cgroup to another port of an enrolled pod; it goes on as any connection
+    /// from outside the mesh, which a strict pod refuses.
+    ConnectProbeUndeclared = "connect_probe_undeclared",
+    /// connect: from outside the enrolled pods, and not from a probing cgroup, to a declared probe
+    /// port; it goes on as any connection from outside the mesh, which a strict pod refuses.
+    ConnectProbeForeign = "connect_probe_foreign",
+    /// connect: as [`Self::ConnectProbe`], and the kernel refused the note; not admitted.
+    ConnectProbeFailed = "connect_probe_failed",
+    /// setsockopt, sock_ops: a captured socket was to lose its mark; it keeps it.
     MarkRestored = "mark_restored",
+    /// setsockopt: an MPTCP socket of an enrolled pod was to change its mark after connect(2); EPERM.
+    MarkChangeRefused = "mark_change_refused",
     /// sock_ops: as above, and the kernel refused to set it.
     MarkRestoreFailed = "mark_restore_failed",
     /// sock_ops: the tuple of one of the agent's sockets was admitted.
@@ -57,6 +69,8 @@ verdicts! {
     TupleAdmissionFailed = "tuple_admission_failed",
     /// sock_ops: an admitted connection is closed, its tuple is removed.
     TupleRemoved = "tuple_removed",
+    /// sock_ops: the kernel refused to watch a pod's native connection; it is in no figure of them.
+    NativeUnwatched = "native_unwatched",
     /// sk_lookup: to the outbound listener.
     LookupOutbound = "lookup_outbound",
     /// sk_lookup: to the inbound listener.

@@ -8,13 +8,13 @@ use aya_ebpf::{
     programs::SockAddrContext,
 };
 use undermesh_common::{
-    Address, IPPROTO_TCP, ListenerKey, ListenerKind, Mode, Pod, Target, Verdict,
+    Address, IPPROTO_TCP, ListenerKey, ListenerKind, Mode, Note, Pod, Target, Verdict,
 };
 
 use crate::{
     context,
-    maps::{PODS, TARGETS, count, intent, listens},
-    mark, trace,
+    maps::{PODS, count, intent, is_mesh, listens},
+    mark, probe, trace,
 };
 
 const ALLOW: i32 = 1;
@@ -59,6 +59,7 @@ fn connect(
     let netns_cookie = unsafe { bpf_get_netns_cookie(ctx.as_ptr()) };
     // SAFETY: a pod's entry may be replaced meanwhile; its memory stays until the program returns.
     let Some(pod) = (unsafe { PODS.get(netns_cookie) }) else {
+        probe::connect(ctx, netns_cookie, target(ctx, &destination));
         return ALLOW;
     };
     let verdict = match decide(ctx, netns_cookie, pod, &destination, source) {
@@ -113,7 +114,7 @@ fn decide(
             Verdict::ConnectForeignSourceRefused
         };
     }
-    if !is_mesh(ctx, destination) {
+    if !is_mesh(target(ctx, destination)) {
         return Verdict::ConnectNative;
     }
     let family = destination.family();
@@ -130,22 +131,15 @@ fn decide(
     }
 }
 
-/// The exact port first, then every port.
+/// The destination and its port.
 #[inline(always)]
-fn is_mesh(ctx: &SockAddrContext, destination: &Address) -> bool {
+fn target(ctx: &SockAddrContext, destination: &Address) -> Target {
     // SAFETY: the kernel's context, valid while the program runs. Network order in the low half.
     let port = unsafe { (&raw const (*ctx.sock_addr).user_port).read_volatile() };
-    let mut target = Target {
+    Target {
         address: *destination,
         port: u32::from(u16::from_be(port as u16)),
-    };
-    // SAFETY: only presence is asked.
-    if unsafe { TARGETS.get(target) }.is_some() {
-        return true;
     }
-    target.port = 0;
-    // SAFETY: as above.
-    unsafe { TARGETS.get(target) }.is_some()
 }
 
 /// The note first: without it an app could take the mark off again unseen.
@@ -153,7 +147,7 @@ fn is_mesh(ctx: &SockAddrContext, destination: &Address) -> bool {
 fn capture(ctx: &SockAddrContext, pod: &Pod) -> Verdict {
     // SAFETY: the kernel's context, valid while the program runs.
     let sk = unsafe { (*ctx.sock_addr).__bindgen_anon_1.sk };
-    if mark::note(sk).is_ok() && mark::set_bit(ctx.as_ptr(), true).is_ok() {
+    if mark::note(sk, Note::Captured).is_ok() && mark::set_bit(ctx.as_ptr(), true).is_ok() {
         return Verdict::ConnectCaptured;
     }
     release(ctx);

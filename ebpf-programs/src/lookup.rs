@@ -77,9 +77,18 @@ fn is_admitted(arrival: &Arrival, remote_port: u16, netns_cookie: u64) -> bool {
         source_port: remote_port,
         destination_port: arrival.local_port,
     };
-    // SAFETY: read at once; entries are never changed in place.
-    unsafe { ADMITTED.get(tuple) }
-        .is_some_and(|admission| admission.covers(netns_cookie, arrival.over_loopback))
+    let Some(admission) = ADMITTED.get_ptr_mut(tuple) else {
+        return false;
+    };
+    // SAFETY: aligned, and not freed before this program returns. One word is written in place, always
+    // with this value here, and read by the agent alone.
+    unsafe {
+        let covered = (*admission).covers(netns_cookie, arrival.over_loopback);
+        if covered {
+            (&raw mut (*admission).arrived_in).write_volatile(netns_cookie);
+        }
+        covered
+    }
 }
 
 /// The packet and its source port. `local_port` is in host order, `remote_port` in network order.

@@ -15,6 +15,12 @@ mod maps;
 #[cfg(target_arch = "bpf")]
 mod mark;
 #[cfg(target_arch = "bpf")]
+mod native;
+#[cfg(target_arch = "bpf")]
+mod options;
+#[cfg(target_arch = "bpf")]
+mod probe;
+#[cfg(target_arch = "bpf")]
 mod trace;
 #[cfg(target_arch = "bpf")]
 mod tuples;

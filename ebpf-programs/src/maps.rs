@@ -11,7 +11,8 @@ use aya_ebpf::{
     maps::{Array, HashMap, PerCpuArray, PerCpuHashMap, SockHash},
 };
 use undermesh_common::{
-    Admission, ListenerKey, NativeTraffic, Pod, PodConstants, Target, Tuple, Verdict, bounds,
+    Address, Admission, ListenerKey, NativeConnection, NativeKey, NativeTraffic, Pod, PodConstants,
+    Target, Tuple, Verdict, bounds,
 };
 
 /// Enrolled pods by the cookie of their network namespace.
@@ -37,16 +38,36 @@ pub static ADMITTED: HashMap<Tuple, Admission> =
 #[map]
 pub static LISTENERS: SockHash<ListenerKey> = SockHash::with_max_entries(bounds::LISTENERS, 0);
 
+/// Addresses of enrolled pods (port 0) and their declared probe ports; the value is the cookie of
+/// the pod's network namespace. The agent makes and removes the entries.
+#[map]
+pub static PROBES: HashMap<Target, u64> =
+    HashMap::with_max_entries(bounds::PROBES, BPF_F_NO_PREALLOC);
+
+/// Cgroups of which the tasks may probe, by id.
+#[map]
+pub static PROBERS: HashMap<u64, u32> =
+    HashMap::with_max_entries(bounds::PROBERS, BPF_F_NO_PREALLOC);
+
 /// One counter per verdict and CPU.
 #[map]
 pub static VERDICTS: PerCpuArray<u64> = PerCpuArray::with_max_entries(Verdict::COUNT, 0);
 
 /// Native traffic of enrolled pods; the agent makes and removes the entries.
 #[map]
-pub static NATIVE: PerCpuHashMap<u64, NativeTraffic> =
-    PerCpuHashMap::with_max_entries(bounds::PODS, BPF_F_NO_PREALLOC);
+pub static NATIVE: PerCpuHashMap<NativeKey, NativeTraffic> =
+    PerCpuHashMap::with_max_entries(bounds::NATIVE, BPF_F_NO_PREALLOC);
 
-/// The note on a captured socket, by which its mark is set again before the SYN is routed.
+/// Native connections that are watched, in their sockets' storage.
+#[btf_map]
+pub static WATCHED: SkStorage<NativeConnection> = SkStorage::new();
+
+/// The node's own addresses.
+#[map]
+pub static NODE_ADDRESSES: HashMap<Address, u32> =
+    HashMap::with_max_entries(bounds::NODE_ADDRESSES, BPF_F_NO_PREALLOC);
+
+/// What the connect hook noted on a socket: a `Note`.
 #[btf_map]
 pub static NOTES: SkStorage<u32> = SkStorage::new();
 
@@ -79,6 +100,18 @@ pub fn listens(key: &ListenerKey) -> bool {
         bpf_sk_release(socket);
         true
     }
+}
+
+/// Whether a connection to it is to be captured: the exact port first, then every port.
+#[inline(always)]
+pub fn is_mesh(mut target: Target) -> bool {
+    // SAFETY: only presence is asked.
+    if unsafe { TARGETS.get(target) }.is_some() {
+        return true;
+    }
+    target.port = 0;
+    // SAFETY: as above.
+    unsafe { TARGETS.get(target) }.is_some()
 }
 
 /// The agent's intent with a socket, if it is one of the agent's.

@@ -5,7 +5,7 @@ use aya_ebpf::{
     cty::{c_int, c_void},
     helpers::{bpf_getsockopt, bpf_setsockopt, bpf_sk_storage_delete, bpf_sk_storage_get},
 };
-use undermesh_common::CAPTURE_MARK;
+use undermesh_common::{CAPTURE_MARK, Note};
 
 use crate::maps::NOTES;
 
@@ -65,32 +65,35 @@ pub enum Change {
     Written,
 }
 
-/// Notes on the socket that it is captured.
+/// Notes it on the socket, in place of what was noted before.
 #[inline(always)]
-pub fn note(sk: *mut bpf_sock) -> Result<(), Refused> {
+pub fn note(sk: *mut bpf_sock, note: Note) -> Result<(), Refused> {
     if sk.is_null() {
         return Err(Refused);
     }
-    let mut captured = 1_u32;
-    // SAFETY: `sk` is the hook's own socket and not null; the helper copies the value.
+    let mut value = note as u32;
+    // SAFETY: `sk` is the hook's own socket and not null; the helper copies the value if it makes
+    // the storage.
     let stored = unsafe {
         bpf_sk_storage_get(
             (&raw const NOTES).cast_mut().cast(),
             sk.cast(),
-            (&raw mut captured).cast(),
+            (&raw mut value).cast(),
             u64::from(BPF_SK_STORAGE_GET_F_CREATE),
         )
-    };
-    if stored.is_null() {
-        Err(Refused)
-    } else {
-        Ok(())
     }
+    .cast::<u32>();
+    if stored.is_null() {
+        return Err(Refused);
+    }
+    // SAFETY: the socket's own storage, checked not to be null; it lives as long as the socket.
+    unsafe { *stored = value };
+    Ok(())
 }
 
-/// Whether the socket has the note.
+/// What is noted on the socket: a [`Note`] as number.
 #[inline(always)]
-pub fn is_noted(sk: *mut bpf_sock) -> bool {
+pub fn noted(sk: *mut bpf_sock) -> Option<u32> {
     // SAFETY: `sk` is the hook's own socket, checked by the caller not to be null; without the
     // flag the helper only reads.
     let stored = unsafe {
@@ -100,8 +103,13 @@ pub fn is_noted(sk: *mut bpf_sock) -> bool {
             core::ptr::null_mut(),
             0,
         )
-    };
-    !stored.is_null()
+    }
+    .cast::<u32>();
+    if stored.is_null() {
+        return None;
+    }
+    // SAFETY: the socket's own storage, checked not to be null; it lives as long as the socket.
+    Some(unsafe { *stored })
 }
 
 /// Takes the note off.

@@ -1,5 +1,5 @@
-//! sock_ops: the mark again before the SYN; admission of the agent's connections from before their
-//! SYN until they are closed; what native connections of a pod carried, when they are closed.
+//! sock_ops: the mark again before the SYN; admission of the agent's and the kubelet's connections
+//! from before their SYN until they are closed; what native connections of a pod carried, when they are closed.
 
 use aya_ebpf::{
     EbpfContext as _,
@@ -11,12 +11,13 @@ use aya_ebpf::{
     macros::sock_ops,
     programs::SockOpsContext,
 };
-use undermesh_common::{Admission, Intent, Scope, Tuple, Verdict};
+use undermesh_common::{Admission, Intent, Note, Scope, Tuple, Verdict};
 
 use crate::{
     context,
-    maps::{ADMITTED, NATIVE, PODS, count, intent},
+    maps::{ADMITTED, PODS, count, intent},
     mark::{self, Change},
+    native,
 };
 
 /// Attached at the root of the tree: the agent's sockets in the pods' namespaces are in its own cgroup.
@@ -37,40 +38,29 @@ fn connecting(ctx: &SockOpsContext) {
     if sk.is_null() {
         return;
     }
-    if mark::is_noted(sk) {
-        match mark::set_bit(ctx.as_ptr(), true) {
-            Ok(Change::None) => {}
-            Ok(Change::Written) => count(Verdict::MarkRestored),
-            Err(_) => count(Verdict::MarkRestoreFailed),
-        }
-        return;
-    }
     // SAFETY: the helper takes this hook's context.
     let socket_cookie = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
+    match mark::noted(sk) {
+        Some(note) if note == Note::Captured as u32 => {
+            return match mark::set_bit(ctx.as_ptr(), true) {
+                Ok(Change::None) => {}
+                Ok(Change::Written) => count(Verdict::MarkRestored),
+                Err(_) => count(Verdict::MarkRestoreFailed),
+            };
+        }
+        Some(note) if note == Note::Probe as u32 => return admit(ctx, socket_cookie),
+        _ => {}
+    }
     match intent(socket_cookie) {
         Some(intent) if intent == Intent::Admitted as u32 => admit(ctx, socket_cookie),
         Some(_) => {}
-        None => watch_native(ctx),
+        None => native::watch(ctx, sk),
     }
 }
 
-/// Asks to be called when a pod's native connection is closed.
+/// Asks the kernel to call, or not to call, when the connection is closed.
 #[inline(always)]
-fn watch_native(ctx: &SockOpsContext) {
-    // SAFETY: the helper takes this hook's context.
-    let netns_cookie = unsafe { bpf_get_netns_cookie(ctx.as_ptr()) };
-    // SAFETY: a pod's entry may be replaced meanwhile; its memory stays until the program returns.
-    let Some(pod) = (unsafe { PODS.get(netns_cookie) }) else {
-        return;
-    };
-    if !pod.owns(&tuple(ctx).destination) {
-        // The kernel refuses no flag that it knows; a refusal would only leave it uncounted.
-        let _ = call_at_close(ctx, true);
-    }
-}
-
-#[inline(always)]
-fn call_at_close(ctx: &SockOpsContext, on: bool) -> Result<(), i32> {
+pub fn call_at_close(ctx: &SockOpsContext, on: bool) -> Result<(), i32> {
     let flags = if on {
         ctx.cb_flags() | BPF_SOCK_OPS_STATE_CB_FLAG
     } else {
@@ -92,6 +82,7 @@ fn admit(ctx: &SockOpsContext, socket_cookie: u64) {
     let admission = Admission {
         socket_cookie,
         netns_cookie,
+        arrived_in: 0,
         scope: scope as u32,
         reserved: 0,
     };
@@ -113,10 +104,10 @@ fn admit(ctx: &SockOpsContext, socket_cookie: u64) {
 #[inline(always)]
 fn closed(ctx: &SockOpsContext) {
     let tuple = tuple(ctx);
-    // SAFETY: read at once; entries are never changed in place.
+    // SAFETY: read at once; the owner of an entry is never changed in place.
     let owner = unsafe { ADMITTED.get(tuple) }.map(|admission| admission.socket_cookie);
     let Some(owner) = owner else {
-        return add_native(ctx);
+        return native::add(ctx);
     };
     // SAFETY: the helper takes this hook's context.
     let socket_cookie = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
@@ -126,29 +117,9 @@ fn closed(ctx: &SockOpsContext) {
     }
 }
 
-#[inline(always)]
-fn add_native(ctx: &SockOpsContext) {
-    // SAFETY: the helper takes this hook's context.
-    let netns_cookie = unsafe { bpf_get_netns_cookie(ctx.as_ptr()) };
-    let Some(traffic) = NATIVE.get_ptr_mut(netns_cookie) else {
-        return;
-    };
-    // SAFETY: the slot of this CPU, aligned; the kernel's context, valid while the program runs.
-    unsafe {
-        let traffic = &mut *traffic;
-        let ops = ctx.ops;
-        traffic.connections += 1;
-        traffic.sent_bytes += (&raw const (*ops).bytes_acked).read_volatile();
-        traffic.received_bytes += (&raw const (*ops).bytes_received).read_volatile();
-        traffic.retransmits += u64::from((&raw const (*ops).total_retrans).read_volatile());
-        // The kernel keeps it eightfold.
-        traffic.rtt_sum += u64::from((&raw const (*ops).srtt_us).read_volatile()) >> 3;
-    }
-}
-
 /// The connection as its client sees it.
 #[inline(always)]
-fn tuple(ctx: &SockOpsContext) -> Tuple {
+pub fn tuple(ctx: &SockOpsContext) -> Tuple {
     let ops = ctx.ops;
     // SAFETY: the kernel's context, valid while the program runs. `local_port` is in host order,
     // `remote_port` in network order.

@@ -32,6 +32,7 @@ pub mod manifests;
 pub mod metrics;
 pub mod netns;
 pub mod process;
+pub mod tls;
 pub mod traffic;
 pub mod wait;
 pub mod wire;

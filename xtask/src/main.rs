@@ -2,8 +2,10 @@
 
 mod build;
 mod cluster;
+mod crds;
 mod debian;
 mod demo;
+mod kernels;
 mod lab;
 mod programs;
 mod report;
@@ -29,6 +31,8 @@ struct Arguments {
 enum Command {
     /// Build the kernel programs and the agent that embeds them.
     Build(build::Options),
+    /// Write deploy/crds anew from the types.
+    Crds,
     /// Two simulated nodes with an agent each, and real programs that talk through them.
     Demo(demo::Options),
     /// Two simulated nodes to drive by hand.
@@ -53,6 +57,7 @@ fn run(command: &Command) -> Result<ExitCode> {
     ctrlc::set_handler(interrupt::interrupt)?;
     match command {
         Command::Build(options) => build::run(options).map(|()| ExitCode::SUCCESS),
+        Command::Crds => crds::run().map(|()| ExitCode::SUCCESS),
         Command::Demo(options) => demo::run(options),
         Command::Lab(options) => lab::run(options),
         Command::Simulate(options) => simulate::run(options),

@@ -7,18 +7,23 @@ use anyhow::Result;
 use clap::Args;
 use undermesh_lab::{interrupt, machine, remove_stale};
 
-use crate::programs;
+use crate::{kernels, programs};
 
 #[derive(Args)]
 pub struct Options {
     /// Only end-to-end tests whose name holds this.
     #[arg(value_name = "NAME")]
     filter: Option<String>,
+    #[command(flatten)]
+    kernels: kernels::Options,
 }
 
 /// Needs root: half of the tests make namespaces and load eBPF programs, and none is left out in silence.
 pub fn run(options: &Options) -> Result<ExitCode> {
     machine::require_root()?;
+    if options.kernels.kernels {
+        return kernels::run(&options.kernels);
+    }
     let mut clock = Clock::default();
     let outcome = steps(options, &mut clock);
     // What a test left that was killed.
@@ -68,6 +73,12 @@ fn steps(options: &Options, clock: &mut Clock) -> Result<()> {
     let mut more = vec!["--test-threads=1"];
     more.extend(options.filter.as_deref());
     suite("end to end", &end_to_end, &more)?;
+    if options.filter.is_none() {
+        interrupt::check()?;
+        if let Err(error) = clock.counted("oldest kernel", kernels::oldest) {
+            failures.push(error);
+        }
+    }
     interrupt::check()?;
     match failures.into_iter().next() {
         Some(error) => Err(error),
@@ -100,7 +111,15 @@ impl Clock {
             .args(more)
             .env("UNDERMESH_BIN_DIR", programs::dir())
             .env("RUST_BACKTRACE", "0");
-        let (passed, failed, outcome) = self.time(name, || Ok(summarized(&mut cargo)))?;
+        self.counted(name, || summarized(&mut cargo))
+    }
+
+    fn counted(
+        &mut self,
+        name: &'static str,
+        tests: impl FnOnce() -> (u64, u64, Result<()>),
+    ) -> Result<()> {
+        let (passed, failed, outcome) = self.time(name, || Ok(tests()))?;
         self.passed += passed;
         self.failed += failed;
         outcome
@@ -142,7 +161,7 @@ fn summarized(cargo: &mut std::process::Command) -> (u64, u64, Result<()>) {
 }
 
 /// `test result: ok. 17 passed; 0 failed; …`
-fn summary(line: &str) -> Option<(u64, u64)> {
+pub fn summary(line: &str) -> Option<(u64, u64)> {
     let (_, counts) = line.strip_prefix("test result: ")?.split_once(". ")?;
     let count = |what: &str| {
         let mut parts = counts.split("; ");

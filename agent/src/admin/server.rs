@@ -75,6 +75,17 @@ pub struct Admin {
     state: Arc<AdminState>,
 }
 
+/// Listeners that another agent bound and handed over. Default: none.
+#[derive(Debug, Default)]
+pub struct AdminListeners {
+    /// The admin endpoint's.
+    pub admin: Option<std::net::TcpListener>,
+    /// That of metrics.
+    pub metrics: Option<std::net::TcpListener>,
+    /// That of readiness.
+    pub readiness: Option<std::net::TcpListener>,
+}
+
 /// Where the listeners are bound.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Addresses {
@@ -89,12 +100,23 @@ pub struct Addresses {
 impl Admin {
     /// Binds all three, or none.
     pub async fn bind(options: &AdminOptions, state: Arc<AdminState>) -> Result<Self, AdminError> {
+        Self::bind_with(options, state, AdminListeners::default()).await
+    }
+
+    /// Takes those that were handed over and are bound where they should be, and binds the rest.
+    pub async fn bind_with(
+        options: &AdminOptions,
+        state: Arc<AdminState>,
+        handed: AdminListeners,
+    ) -> Result<Self, AdminError> {
         if !host::may_bind(options.admin, options.exposure) {
             return Err(AdminError::NotLoopback(options.admin));
         }
-        let (admin, admin_address) = bind("the admin endpoint", options.admin).await?;
-        let (metrics, metrics_address) = bind("metrics", options.metrics).await?;
-        let (readiness, readiness_address) = bind("readiness", options.readiness).await?;
+        let (admin, admin_address) =
+            bind("the admin endpoint", options.admin, handed.admin).await?;
+        let (metrics, metrics_address) = bind("metrics", options.metrics, handed.metrics).await?;
+        let (readiness, readiness_address) =
+            bind("readiness", options.readiness, handed.readiness).await?;
         let refused = [
             ("admin", admin.refused()),
             ("metrics", metrics.refused()),
@@ -132,6 +154,15 @@ impl Admin {
         self.addresses
     }
 
+    /// Copies of the listeners, to be handed over.
+    pub fn copies(&self) -> io::Result<AdminListeners> {
+        Ok(AdminListeners {
+            admin: Some(self.admin.copy()?),
+            metrics: Some(self.metrics.copy()?),
+            readiness: Some(self.readiness.copy()?),
+        })
+    }
+
     /// Serves until stopped.
     pub async fn run(self, stop: CancellationToken) {
         let admin = routes::admin(self.state.clone(), self.exposure);
@@ -158,13 +189,22 @@ pub async fn serve(
 async fn bind(
     purpose: &'static str,
     address: SocketAddr,
+    handed: Option<std::net::TcpListener>,
 ) -> Result<(Listener, SocketAddr), AdminError> {
     let failed = |source| AdminError::Bind {
         purpose,
         address,
         source,
     };
-    let listener = Listener::new(TcpListener::bind(address).await.map_err(failed)?);
+    let handed = handed.filter(|handed| handed.local_addr().is_ok_and(|at| at == address));
+    let socket = match handed {
+        Some(handed) => {
+            handed.set_nonblocking(true).map_err(failed)?;
+            TcpListener::from_std(handed).map_err(failed)?
+        }
+        None => TcpListener::bind(address).await.map_err(failed)?,
+    };
+    let listener = Listener::new(socket);
     let bound = listener.address().map_err(failed)?;
     Ok((listener, bound))
 }

@@ -7,6 +7,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
+use serde::Serialize;
 use socket2::SockRef;
 use thiserror::Error;
 use tokio::net::{TcpListener, TcpStream};
@@ -27,7 +28,8 @@ const REST: Backoff = Backoff {
 };
 
 /// What a captured connection is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Role {
     /// The pod opened it.
     Outbound,
@@ -35,6 +37,18 @@ pub enum Role {
     Inbound,
     /// It comes from outside the pod, to [`HBONE_PORT`].
     Hbone,
+}
+
+impl Role {
+    /// Value of the label `listener`.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Outbound => "outbound",
+            Self::Inbound => "inbound",
+            Self::Hbone => "hbone",
+        }
+    }
 }
 
 impl From<ListenerKind> for Role {
@@ -117,22 +131,34 @@ pub(super) struct Acceptor {
     pub counters: Arc<Counters>,
     /// Where probe connections are reported.
     pub probes: Arc<ProbeDesk>,
+    /// Cancelled once the loops may accept; until then connections wait in their queues.
+    pub accepting: CancellationToken,
     /// Ends the loops and closes the listeners.
     pub stop: CancellationToken,
 }
 
 impl Acceptor {
     /// Starts the loop of one listener. Fails where the runtime cannot serve the socket.
-    pub fn start(&self, listener: Listener) -> io::Result<tokio::task::JoinHandle<()>> {
+    /// The socket is closed when the loop has ended.
+    pub fn start(
+        &self,
+        listener: Listener,
+    ) -> io::Result<(tokio::task::JoinHandle<()>, Arc<TcpListener>)> {
         let role = listener.kind.into();
-        let listener = TcpListener::from_std(listener.socket)?;
+        let listener = Arc::new(TcpListener::from_std(listener.socket)?);
+        self.pod.watch_backlog(role, &listener);
+        let socket = listener.clone();
         let acceptor = self.clone();
-        Ok(tokio::spawn(async move {
+        let running = tokio::spawn(async move {
             tokio::select! {
                 () = acceptor.stop.cancelled() => {}
-                () = acceptor.serve(&listener, role) => {}
+                () = async {
+                    acceptor.accepting.cancelled().await;
+                    acceptor.serve(&listener, role).await;
+                } => {}
             }
-        }))
+        });
+        Ok((running, socket))
     }
 
     async fn serve(&self, listener: &TcpListener, role: Role) {
@@ -180,8 +206,7 @@ impl Acceptor {
             }
             return;
         }
-        let Ok(permit) = self.pod.permits().clone().try_acquire_owned() else {
-            self.counters.count(Event::PodFull);
+        let Ok(slot) = self.pod.slot() else {
             return;
         };
         self.counters.count(Event::Accepted);
@@ -208,7 +233,7 @@ impl Acceptor {
                 () = handled => {}
                 () = pod.cut().cancelled() => {}
             }
-            drop((permit, tuple, tracked));
+            drop((slot, tuple, tracked));
         });
     }
 }

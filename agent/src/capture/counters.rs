@@ -9,8 +9,12 @@ pub enum Event {
     Accepted,
     /// Reset: came out at a listener that its mark or its addresses do not belong to.
     RoleMismatch,
-    /// Reset: the pod has as many live connections as it may have.
+    /// Reset: the pod has as many live connections as a pod may have.
     PodFull,
+    /// Reset: the pod has its share of the node's connections, and the rest is others'.
+    NodeFull,
+    /// Reset: the agent's memory is nearly used up.
+    MemoryShort,
     /// Reset: its addresses could not be read, because it had ended already.
     EndedBeforeAccept,
     /// accept(2) failed for want of descriptors or memory; the loop waited.
@@ -33,10 +37,12 @@ pub enum Event {
     StrayProbe,
 }
 
-const NAMES: [(Event, &str); 13] = [
+const NAMES: [(Event, &str); 15] = [
     (Event::Accepted, "accepted"),
     (Event::RoleMismatch, "role_mismatch"),
     (Event::PodFull, "pod_full"),
+    (Event::NodeFull, "node_full"),
+    (Event::MemoryShort, "memory_short"),
     (Event::EndedBeforeAccept, "ended_before_accept"),
     (Event::AcceptBackoff, "accept_backoff"),
     (Event::DeliveryPortInUse, "delivery_port_in_use"),

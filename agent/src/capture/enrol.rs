@@ -23,6 +23,8 @@ use super::network::{self, Entry, Network, NetworkError};
 use super::pod::{EnrolledPod, PodParts};
 use super::ports::SourcePorts;
 use super::probe::{self, ProbeDesk, ProbeError, Proof};
+use super::share::NodeShare;
+use super::shelf::Shelf;
 use super::sockets::{Listener, PodAddresses};
 use super::sysctl::{self, SysctlError};
 use crate::mesh::{Mode, Workload};
@@ -84,6 +86,8 @@ pub enum EnrolError {
 /// What enrolments of one node share.
 pub(super) struct Tools {
     pub kernel: Arc<Kernel>,
+    /// Listeners that are served, and those that were handed over.
+    pub shelf: Shelf,
     /// Where the programs are attached.
     pub cgroup: PathBuf,
     /// For enrolment.
@@ -91,6 +95,8 @@ pub(super) struct Tools {
     /// For the sockets of connections, which must not wait for enrolments.
     pub sockets: NetnsWorker,
     pub handler: Arc<dyn Handler>,
+    /// What the pods share of the process's descriptors.
+    pub share: Arc<NodeShare>,
     pub counters: Arc<Counters>,
 }
 
@@ -125,10 +131,12 @@ impl Enrolment {
         // First the listeners: a SYN that finds none hangs.
         let (listeners, local_ports) = {
             let families = families.clone();
+            let adopted = tools.shelf.adopt(netns.cookie(), &families);
             tools
                 .worker
                 .run(&netns, move || {
-                    Ok::<_, EnrolError>((open_listeners(&families)?, sysctl::local_ports()?))
+                    let listeners = open_listeners(adopted, &families)?;
+                    Ok::<_, EnrolError>((listeners, sysctl::local_ports()?))
                 })
                 .await??
         };
@@ -148,6 +156,7 @@ impl Enrolment {
             netns: netns.clone(),
             kernel: tools.kernel.clone(),
             worker: tools.sockets.clone(),
+            share: tools.share.join(),
             ports: SourcePorts::new(&local_ports, rand::random()),
             counters: tools.counters.clone(),
         }));
@@ -166,10 +175,12 @@ impl Enrolment {
         // Listeners into their slots before the program that asks for them, and the pod map last:
         // from then on its connections are captured.
         let record = enrolment.record(mode);
+        let probe_ports = workload.probe_ports.clone();
         let listeners = on_kernel(&tools.kernel, move |kernel| {
             for (slot, listener) in slots.into_iter().zip(&listeners) {
                 kernel.set_listener(slot, listener.socket.as_fd())?;
             }
+            kernel.set_probe_ports(&record, &probe_ports)?;
             kernel.attach_lookup(netns.as_fd(), &record)?;
             kernel.put_pod(&record)?;
             Ok(listeners)
@@ -181,10 +192,13 @@ impl Enrolment {
             handler: tools.handler.clone(),
             counters: tools.counters.clone(),
             probes,
+            accepting: tools.shelf.accepting(),
             stop: enrolment.stop.clone(),
         };
         for listener in listeners {
-            let running = acceptor.start(listener).map_err(EnrolError::Listener)?;
+            let slot = slot(enrolment.netns.cookie(), &listener);
+            let (running, socket) = acceptor.start(listener).map_err(EnrolError::Listener)?;
+            tools.shelf.serve(slot, &socket);
             enrolment.loops.push(running);
         }
         Ok(enrolment)
@@ -242,6 +256,13 @@ impl Enrolment {
                 != workload.sandbox.as_ref().map(|sandbox| &sandbox.netns)
         {
             return Ok(Followed::NeedsNewEnrolment);
+        }
+        if known.probe_ports != workload.probe_ports {
+            let (record, ports) = (self.record(mode), workload.probe_ports.clone());
+            on_kernel(&tools.kernel, move |kernel| {
+                kernel.set_probe_ports(&record, &ports)
+            })
+            .await?;
         }
         self.pod.set_workload(workload.clone());
         if self.mode != mode {
@@ -339,6 +360,29 @@ pub(super) enum Followed {
     NeedsNewEnrolment,
 }
 
+/// Declares a pod that cannot be laid, without listeners: STRICT refuses. For programs that replace those of
+/// another layout, which had it.
+pub(super) async fn shut(
+    tools: &Tools,
+    workload: &Workload,
+    mode: Mode,
+    netns: &Arc<Netns>,
+) -> Result<(), EnrolError> {
+    let PodAddresses { v4, v6 } = workload.addresses.iter().copied().collect();
+    let record = PodRecord {
+        netns_cookie: netns.cookie(),
+        v4,
+        v6,
+        mode,
+    };
+    let netns = netns.clone();
+    on_kernel(&tools.kernel, move |kernel| {
+        kernel.attach_lookup(netns.as_fd(), &record)?;
+        kernel.put_pod(&record)
+    })
+    .await
+}
+
 /// Takes away whatever was laid in a namespace, by whomever, at once.
 pub(super) async fn unlay(tools: &Tools, netns: &Netns) -> Result<(), EnrolError> {
     let cookie = netns.cookie();
@@ -427,22 +471,34 @@ fn check_cgroup(workload: &Workload, attached: &Path) -> Result<(), EnrolError> 
     })
 }
 
-fn open_listeners(families: &[Family]) -> Result<Vec<Listener>, EnrolError> {
-    families
-        .iter()
-        .flat_map(|&family| KINDS.map(|kind| Listener::open(family, kind)))
-        .collect::<io::Result<_>>()
-        .map_err(EnrolError::Listener)
+/// Opens what was not adopted.
+fn open_listeners(
+    mut listeners: Vec<Listener>,
+    families: &[Family],
+) -> Result<Vec<Listener>, EnrolError> {
+    for &family in families {
+        for kind in KINDS {
+            let is_there = |listener: &Listener| listener.family == family && listener.kind == kind;
+            if !listeners.iter().any(is_there) {
+                listeners.push(Listener::open(family, kind).map_err(EnrolError::Listener)?);
+            }
+        }
+    }
+    Ok(listeners)
+}
+
+fn slot(netns_cookie: u64, listener: &Listener) -> ListenerSlot {
+    ListenerSlot {
+        netns_cookie,
+        family: listener.family,
+        kind: listener.kind,
+    }
 }
 
 fn slots(netns_cookie: u64, listeners: &[Listener]) -> Vec<ListenerSlot> {
     listeners
         .iter()
-        .map(|listener| ListenerSlot {
-            netns_cookie,
-            family: listener.family,
-            kind: listener.kind,
-        })
+        .map(|listener| slot(netns_cookie, listener))
         .collect()
 }
 

@@ -4,6 +4,8 @@
 //! namespace; [`Capture`] keeps that so for every pod that the model wants in the mesh, and hands
 //! the connections to a [`Handler`].
 
+use std::os::fd::AsFd;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -18,17 +20,25 @@ use tokio_util::task::TaskTracker;
 use crate::mesh::{Snapshot, WorkloadUid};
 
 mod accept;
+mod addresses;
+mod backlog;
 mod backoff;
 mod counters;
 mod enrol;
 pub mod kernel;
+mod memory;
+pub mod metrics;
+mod native;
 mod netns;
 mod network;
 mod pod;
 mod ports;
 mod probe;
+mod probers;
 mod reconcile;
 mod registry;
+mod share;
+mod shelf;
 mod sockets;
 mod status;
 mod sys;
@@ -38,11 +48,16 @@ mod task;
 mod tests;
 
 pub use accept::{Accepted, Handler, Role};
+pub use backlog::Backlog;
 pub use enrol::EnrolError;
 pub use kernel::{HBONE_PORT, Kernel, KernelError, KernelOptions};
+pub use memory::{MemoryStatus, MemoryUse};
+pub use native::{NativeSample, NativeView};
 pub use netns::NetnsError;
-pub use pod::{CONNECTIONS_PER_POD, Dial, DialError, EnrolledPod, Tracked};
+pub use pod::{Dial, DialError, EnrolledPod, Tracked};
 pub use probe::Proof;
+pub use share::{CONNECTIONS_PER_POD, Full, Slot};
+pub use shelf::{Handed, Held};
 pub use sockets::{AdoptError, Listener, PodAddresses};
 pub use status::{Guarantee, Moment, Phase, PodStatus, Proven};
 
@@ -51,6 +66,8 @@ use enrol::{Tools, on_kernel};
 use netns::NetnsWorker;
 use reconcile::Reconciler;
 use registry::Registry;
+use share::NodeShare;
+use shelf::Shelf;
 
 /// How long the tasks of pods may take to close their listeners.
 const SHUTDOWN_LIMIT: Duration = Duration::from_secs(5);
@@ -62,6 +79,9 @@ pub struct CaptureOptions {
     pub node: String,
     /// Where programs are attached and pinned.
     pub kernel: KernelOptions,
+    /// Directories of cgroups that may probe the pods, also of such as are not there yet; at most
+    /// 64.
+    pub probe_cgroups: Vec<PathBuf>,
 }
 
 /// Why capture could not be started or taken away.
@@ -86,6 +106,7 @@ pub struct Capture {
     stop: CancellationToken,
     stop_pods: CancellationToken,
     last: ArcSwapOption<Snapshot>,
+    memory: Arc<Mutex<MemoryStatus>>,
 }
 
 impl Capture {
@@ -95,12 +116,40 @@ impl Capture {
         options: CaptureOptions,
         handler: Arc<dyn Handler>,
     ) -> Result<Arc<Self>, CaptureError> {
+        let kernel = Kernel::load(&options.kernel)?;
+        let shelf = match kernel.is_staged() {
+            true => Shelf::after(Vec::new()),
+            false => Shelf::first(),
+        };
+        Self::start_with(options, handler, kernel, shelf)
+    }
+
+    /// The same beside an agent that still accepts at these listeners, and rests otherwise. Pods
+    /// are laid as ever, but their connections are left to the other agent until
+    /// [`Capture::accept`], and they are not probed before [`Capture::go_alone`].
+    pub fn start_beside(
+        options: CaptureOptions,
+        handler: Arc<dyn Handler>,
+        handed: Vec<Handed>,
+    ) -> Result<Arc<Self>, CaptureError> {
+        let kernel = Kernel::load_beside(&options.kernel)?;
+        Self::start_with(options, handler, kernel, Shelf::after(handed))
+    }
+
+    fn start_with(
+        options: CaptureOptions,
+        handler: Arc<dyn Handler>,
+        kernel: Kernel,
+        shelf: Shelf,
+    ) -> Result<Arc<Self>, CaptureError> {
         let tools = Arc::new(Tools {
-            kernel: Arc::new(Kernel::load(&options.kernel)?),
+            kernel: Arc::new(kernel),
+            shelf,
             cgroup: options.kernel.cgroup,
             worker: NetnsWorker::start("netns-enrol")?,
             sockets: NetnsWorker::start("netns-sockets")?,
             handler,
+            share: NodeShare::new(share::descriptors()),
             counters: Arc::new(Counters::default()),
         });
         let (wanted, snapshots) = watch::channel(None);
@@ -114,6 +163,7 @@ impl Capture {
             stop: CancellationToken::new(),
             stop_pods: CancellationToken::new(),
             last: ArcSwapOption::empty(),
+            memory: Arc::default(),
         });
         let reconciler = Reconciler {
             node: options.node,
@@ -125,7 +175,22 @@ impl Capture {
             stop_pods: capture.stop_pods.clone(),
             stop: capture.stop.clone(),
         };
+        probers::look(capture.kernel(), &options.probe_cgroups)?;
         capture.tasks.spawn(reconciler.run());
+        capture.tasks.spawn(memory::follow(
+            capture.tools.share.clone(),
+            capture.memory.clone(),
+            capture.stop.clone(),
+        ));
+        capture.tasks.spawn(addresses::follow(
+            capture.tools.kernel.clone(),
+            capture.stop.clone(),
+        ));
+        capture.tasks.spawn(probers::follow(
+            capture.tools.kernel.clone(),
+            options.probe_cgroups,
+            capture.stop.clone(),
+        ));
         Ok(capture)
     }
 
@@ -152,10 +217,34 @@ impl Capture {
     #[must_use]
     pub fn pods(&self) -> Vec<PodStatus> {
         let mut pods = self.registry.statuses();
+        for pod in &mut pods {
+            if let Some(netns_cookie) = pod.netns_cookie {
+                pod.native = native::view(&self.tools.kernel, netns_cookie);
+            }
+        }
         if let Some(snapshot) = self.last.load().as_ref() {
             pods.extend(reconcile::kept_out(&self.node, snapshot));
         }
         pods
+    }
+
+    /// What the native connections of each pod in the mesh carried, where there were any: at most
+    /// five classes a pod.
+    #[must_use]
+    pub fn native(&self) -> Vec<NativeSample> {
+        native::samples(&self.tools.kernel, &self.registry.all_enrolled())
+    }
+
+    /// The pods that are in the mesh.
+    #[must_use]
+    pub fn all_enrolled(&self) -> Vec<Arc<EnrolledPod>> {
+        self.registry.all_enrolled()
+    }
+
+    /// The memory that the agent uses and may use, at the last look.
+    #[must_use]
+    pub fn memory(&self) -> MemoryStatus {
+        self.memory.lock().clone()
     }
 
     /// Programs and maps.
@@ -182,6 +271,72 @@ impl Capture {
     #[must_use]
     pub fn synced(&self) -> bool {
         self.registry.synced()
+    }
+
+    /// Rests enrolment, verification and everything else that changes the kernel side, once what is
+    /// under way has ended. Connections go on, also new ones.
+    pub async fn hold(&self) -> Held {
+        self.tools.shelf.hold().await
+    }
+
+    /// Copies of the listening sockets of all pods.
+    pub fn listeners(&self) -> std::io::Result<Vec<Handed>> {
+        self.tools.shelf.copies()
+    }
+
+    /// Puts right what a successor may have changed that took the listeners and did not stay: its
+    /// programs of another layout, its listeners in our slots, its destinations.
+    pub async fn resume(&self, held: Held) -> Result<(), EnrolError> {
+        let listeners = self.listeners().map_err(EnrolError::Listener)?;
+        let restored = on_kernel(&self.tools.kernel, move |kernel| {
+            for listener in &listeners {
+                kernel.set_listener(listener.slot, listener.descriptor.as_fd())?;
+            }
+            kernel.reread_targets()?;
+            kernel.clear_former_layouts()
+        })
+        .await;
+        self.tools.shelf.resume();
+        drop(held);
+        self.wanted.send_modify(|_| {});
+        restored.map(|_| ())
+    }
+
+    /// Whether programs of another layout are in force. Then pods are laid as by
+    /// [`Capture::start_beside`], and [`Capture::replace_programs`] comes before [`Capture::accept`].
+    #[must_use]
+    pub fn waits_for_replacement(&self) -> bool {
+        self.tools.kernel.is_staged()
+    }
+
+    /// Puts this agent's programs in place of those of another layout: no other agent accepts any
+    /// more, and what is opened meanwhile waits in the listeners' queues.
+    pub async fn replace_programs(&self) -> Result<(), EnrolError> {
+        on_kernel(&self.tools.kernel, Kernel::replace_former).await
+    }
+
+    /// Returns once every pod of the first snapshot is laid, or has failed to be.
+    pub async fn laid(&self) {
+        self.registry.all_laid().await;
+    }
+
+    /// Begins to accept for all pods at once: a connection of one may lead to another, and would be
+    /// reset if that were not laid.
+    pub fn accept(&self) {
+        self.tools.shelf.accept();
+    }
+
+    /// The listeners that this agent accepts at, or will from [`Capture::accept`] on.
+    #[must_use]
+    pub fn served(&self) -> std::collections::BTreeSet<kernel::ListenerSlot> {
+        self.tools.shelf.served()
+    }
+
+    /// No other agent accepts for the pods any more: they may be probed. Listeners that were
+    /// handed over and that no pod took are closed.
+    pub fn go_alone(&self) {
+        self.tools.shelf.go_alone();
+        self.tools.shelf.drop_handed();
     }
 
     /// Stops accepting and closes all listeners. What the kernel was told stays, so that from now

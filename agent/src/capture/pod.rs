@@ -9,44 +9,23 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use arc_swap::{ArcSwap, ArcSwapOption};
-use nix::sys::resource::{Resource, getrlimit};
 use socket2::Socket;
 use thiserror::Error;
-use tokio::net::TcpStream;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::net::{TcpListener, TcpStream};
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tokio_util::task::task_tracker::TaskTrackerToken;
 
+use super::accept::Role;
+use super::backlog::{Backlog, Backlogs};
 use super::counters::{Counters, Event};
 use super::kernel::{Intent, Kernel, KernelError};
 use super::netns::{Netns, NetnsError, NetnsWorker};
 use super::ports::{Choice, SourcePorts};
+use super::share::{Full, PodShare, Slot};
 use super::sockets::{self, PodAddresses, unmapped};
 use crate::mesh::Workload;
-
-/// How many connections of one pod may be live, where the process may hold enough descriptors; at
-/// the bound, new ones are reset and counted.
-pub const CONNECTIONS_PER_POD: usize = 16_384;
-
-/// A connection has two sockets here: the accepted one and the one to its destination.
-const DESCRIPTORS_PER_CONNECTION: u64 = 2;
-/// What a single pod leaves of the process's descriptors for everything else, others among it.
-const DESCRIPTORS_FOR_OTHERS: u64 = 1_024;
-
-/// The bound under a limit of so many descriptors: no pod alone can use them up.
-fn connections_per_pod(descriptors: u64) -> usize {
-    let share = descriptors.saturating_sub(DESCRIPTORS_FOR_OTHERS) / DESCRIPTORS_PER_CONNECTION;
-    // Less than this and the limit is too low for an agent anyway; accept(2) then rests.
-    let share = share.max(descriptors / (2 * DESCRIPTORS_PER_CONNECTION));
-    usize::try_from(share).map_or(CONNECTIONS_PER_POD, |share| share.min(CONNECTIONS_PER_POD))
-}
-
-/// The process's own; where the kernel does not say, the bound is that of a usual limit.
-fn descriptors() -> u64 {
-    getrlimit(Resource::RLIMIT_NOFILE).map_or(u64::MAX, |(soft, _)| soft)
-}
 
 /// After so long, a delivery that nobody answered tries another port: its tuple may be that of a
 /// real connection, which the app's answer then goes to.
@@ -66,7 +45,13 @@ pub enum Dial {
     Direct(SocketAddr),
     /// The same, and the destination pod's kernel side lets it through to the app: for connections
     /// that the agent has authorized, on its own node.
-    Admitted(SocketAddr),
+    Admitted {
+        /// Address and port of the pod.
+        destination: SocketAddr,
+        /// Cookie of the pod's network namespace: it must be the one that lets the connection through. Its
+        /// address may have gone to another pod, of which nobody told the agent yet.
+        netns_cookie: u64,
+    },
     /// To the pod's own app over lo, as if from the client.
     Deliver {
         /// The client as the app shall see it. The port is a hint only: the app sees another.
@@ -90,6 +75,9 @@ pub enum DialError {
         /// What the kernel said.
         source: io::Error,
     },
+    /// The address is another pod's by now, or nobody's of the mesh: no byte was sent there.
+    #[error("{0} does not belong to the pod any more that it was known for")]
+    Misdirected(SocketAddr),
     /// All source ports that were tried are in use.
     #[error("no source port is free for {0}")]
     NoSourcePort(SocketAddr),
@@ -123,7 +111,9 @@ pub struct EnrolledPod {
     worker: NetnsWorker,
     ports: SourcePorts,
     live: TaskTracker,
-    permits: Arc<Semaphore>,
+    share: Arc<PodShare>,
+    refused: [AtomicU64; Full::ALL.len()],
+    backlogs: Backlogs,
     leaving: CancellationToken,
     gone: CancellationToken,
     cut: CancellationToken,
@@ -132,6 +122,7 @@ pub struct EnrolledPod {
 }
 
 /// Counts as one live connection of its pod until dropped.
+#[derive(Debug)]
 pub struct Tracked(#[allow(dead_code)] TaskTrackerToken);
 
 impl fmt::Debug for EnrolledPod {
@@ -149,7 +140,9 @@ impl From<DialError> for io::Error {
     fn from(error: DialError) -> Self {
         let kind = match &error {
             DialError::Refused(_) => io::ErrorKind::ConnectionRefused,
-            DialError::Unreachable { .. } => io::ErrorKind::HostUnreachable,
+            DialError::Unreachable { .. } | DialError::Misdirected(_) => {
+                io::ErrorKind::HostUnreachable
+            }
             DialError::NoSourcePort(_) => io::ErrorKind::AddrNotAvailable,
             DialError::Gone => io::ErrorKind::NotConnected,
             DialError::Netns(_) | DialError::Kernel(_) => io::ErrorKind::Other,
@@ -166,6 +159,7 @@ pub(super) struct PodParts {
     pub netns: Arc<Netns>,
     pub kernel: Arc<Kernel>,
     pub worker: NetnsWorker,
+    pub share: Arc<PodShare>,
     pub ports: SourcePorts,
     pub counters: Arc<Counters>,
 }
@@ -208,17 +202,34 @@ impl EnrolledPod {
         Tracked(self.live.token())
     }
 
-    /// As [`EnrolledPod::track`], for a connection that came inside a tunnel: none, and counted, if
-    /// the pod has as many as it may have.
+    /// As [`EnrolledPod::track`], for a connection that came inside a tunnel: not if there is no
+    /// room for it.
+    pub fn admit(&self) -> Result<(Tracked, Slot), Full> {
+        Ok((self.track(), self.slot()?))
+    }
+
+    /// A place for one more connection; that there is none is counted.
+    pub fn slot(&self) -> Result<Slot, Full> {
+        self.share.take().inspect_err(|full| {
+            self.refused[*full as usize].fetch_add(1, Ordering::Relaxed);
+            self.counters.count(match full {
+                Full::Pod => Event::PodFull,
+                Full::Node => Event::NodeFull,
+                Full::Memory => Event::MemoryShort,
+            });
+        })
+    }
+
+    /// How many connections found no place, for each reason.
     #[must_use]
-    pub fn admit(&self) -> Option<(Tracked, OwnedSemaphorePermit)> {
-        match self.permits.clone().try_acquire_owned() {
-            Ok(permit) => Some((self.track(), permit)),
-            Err(_) => {
-                self.counters.count(Event::PodFull);
-                None
-            }
-        }
+    pub fn refused(&self) -> [(Full, u64); Full::ALL.len()] {
+        Full::ALL.map(|full| (full, self.refused[full as usize].load(Ordering::Relaxed)))
+    }
+
+    /// The queues of its listeners.
+    #[must_use]
+    pub fn backlogs(&self) -> Vec<Backlog> {
+        self.backlogs.read()
     }
 
     /// How many connections are live.
@@ -241,8 +252,14 @@ impl EnrolledPod {
     async fn dial(&self, dial: Dial) -> Result<TcpStream, DialError> {
         match dial {
             Dial::Direct(destination) => self.direct(unmapped(destination), Intent::Own).await,
-            Dial::Admitted(destination) => {
-                self.direct(unmapped(destination), Intent::Admitted).await
+            Dial::Admitted {
+                destination,
+                netns_cookie,
+            } => {
+                let destination = unmapped(destination);
+                let stream = self.direct(destination, Intent::Admitted).await?;
+                self.check_arrival(&stream, destination, netns_cookie)?;
+                Ok(stream)
             }
             Dial::Deliver {
                 source,
@@ -265,6 +282,30 @@ impl EnrolledPod {
         sockets::bind_own(&socket, own, destination).map_err(failed)?;
         self.start(&socket, destination, intent)?;
         established(socket).await.map_err(failed)
+    }
+
+    /// The handshake is done, but with whom? The kernel side of the right pod noted that it let the SYN
+    /// through; one that is not in the mesh notes nothing.
+    fn check_arrival(
+        &self,
+        stream: &TcpStream,
+        destination: SocketAddr,
+        wanted: u64,
+    ) -> Result<(), DialError> {
+        // The own address leads nowhere else, and what a pod says to itself needs no admission.
+        if self.addresses.contains(destination.ip()) {
+            return Ok(());
+        }
+        let failed = |error| dial_error(destination, error);
+        let source = unmapped(stream.local_addr().map_err(failed)?);
+        if self.kernel.arrived_in(source, destination)? == Some(wanted) {
+            return Ok(());
+        }
+        // The note ends with the connection, which the app may have reset already.
+        match stream.take_error().map_err(failed)? {
+            Some(error) => Err(failed(error)),
+            None => Err(DialError::Misdirected(destination)),
+        }
     }
 
     async fn deliver(
@@ -371,7 +412,9 @@ impl EnrolledPod {
             worker: parts.worker,
             ports: parts.ports,
             live: TaskTracker::new(),
-            permits: Arc::new(Semaphore::new(connections_per_pod(descriptors()))),
+            share: parts.share,
+            refused: Default::default(),
+            backlogs: Backlogs::default(),
             gone: CancellationToken::new(),
             leaving: CancellationToken::new(),
             cut: CancellationToken::new(),
@@ -398,8 +441,9 @@ impl EnrolledPod {
         &self.ports
     }
 
-    pub(super) fn permits(&self) -> &Arc<Semaphore> {
-        &self.permits
+    /// Has a listener of the pod's in [`EnrolledPod::backlogs`], as long as it is open.
+    pub(super) fn watch_backlog(&self, role: Role, listener: &Arc<TcpListener>) {
+        self.backlogs.watch(role, listener);
     }
 
     /// Cancelled when whatever still handles a connection of the pod is dropped.
@@ -448,14 +492,6 @@ fn dial_error(destination: SocketAddr, source: io::Error) -> DialError {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn one_pod_cannot_use_up_the_descriptors_of_the_process() {
-        assert_eq!(connections_per_pod(1 << 20), CONNECTIONS_PER_POD);
-        assert_eq!(connections_per_pod(20_000), 9_488);
-        assert_eq!(connections_per_pod(1_024), 256);
-        assert_eq!(connections_per_pod(u64::MAX), CONNECTIONS_PER_POD);
-    }
 
     #[test]
     fn each_errno_has_its_meaning() {

@@ -54,6 +54,7 @@ impl Reconciler {
     /// Runs until it is stopped.
     pub async fn run(mut self) {
         let mut set: Option<BTreeSet<CaptureTarget>> = None;
+        let mut resumed = 0;
         let mut failures = 0;
         let mut retry: Option<Instant> = None;
         let mut sweep = Instant::now() + FIRST_SWEEP;
@@ -69,6 +70,16 @@ impl Reconciler {
                 sweep = Instant::now() + FIRST_SWEEP;
                 continue;
             };
+            let tools = self.tools.clone();
+            let _active = tokio::select! {
+                biased;
+                () = self.stop.cancelled() => return,
+                active = tools.shelf.active() => active,
+            };
+            if tools.shelf.resumed() != resumed {
+                resumed = tools.shelf.resumed();
+                set = None;
+            }
             // Destinations before pods: what a pod connects to is known when its capture begins.
             match self.set_targets(&snapshot, &mut set).await {
                 Ok(()) => {
@@ -135,7 +146,7 @@ impl Reconciler {
 
     /// Removes pods that a former agent enrolled and nobody wants. Returns when to look again.
     async fn sweep(&self, snapshot: &Snapshot) -> Duration {
-        if !self.registry.synced() {
+        if !self.registry.synced() || !self.tools.shelf.is_alone() {
             return FIRST_SWEEP;
         }
         self.clear_former_layouts().await;

@@ -1,6 +1,7 @@
 //! The pods that capture deals with, and which of them holds which network namespace.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -34,11 +35,15 @@ pub(super) struct Registry {
     claims: Mutex<HashMap<u64, WorkloadUid>>,
     /// Pods of the first snapshot that were not tried yet; none before the first snapshot.
     untried: Mutex<Option<BTreeSet<WorkloadUid>>>,
+    /// The same, of those that were neither laid nor tried.
+    unlaid: Mutex<Option<BTreeSet<WorkloadUid>>>,
     drain: ArcSwap<Duration>,
     /// Whether what a former agent left is kept, although no pod of the model claims it.
     keeps_leftovers: AtomicBool,
     /// Told when a pod has left.
     left: Notify,
+    /// Told when a pod was laid or tried.
+    laid: Notify,
 }
 
 /// A namespace belongs to one pod until this is dropped.
@@ -59,9 +64,11 @@ impl Registry {
             pods: Mutex::default(),
             claims: Mutex::default(),
             untried: Mutex::default(),
+            unlaid: Mutex::default(),
             drain: ArcSwap::from_pointee(Duration::ZERO),
             keeps_leftovers: AtomicBool::new(false),
             left: Notify::new(),
+            laid: Notify::new(),
         })
     }
 
@@ -82,6 +89,10 @@ impl Registry {
         self.untried
             .lock()
             .get_or_insert_with(|| wanted.keys().cloned().collect());
+        self.unlaid
+            .lock()
+            .get_or_insert_with(|| wanted.keys().cloned().collect());
+        self.laid.notify_waiters();
         for (uid, entry) in pods.iter() {
             if !wanted.contains_key(uid) {
                 set(&entry.desired, Desired::Left(drain));
@@ -158,6 +169,28 @@ impl Registry {
         if let Some(untried) = self.untried.lock().as_mut() {
             untried.remove(uid);
         }
+        self.laid(uid);
+    }
+
+    /// Notes that connections of a pod are accepted.
+    pub fn laid(&self, uid: &WorkloadUid) {
+        if let Some(unlaid) = self.unlaid.lock().as_mut() {
+            unlaid.remove(uid);
+        }
+        self.laid.notify_waiters();
+    }
+
+    /// Returns once every pod of the first snapshot was laid or tried.
+    pub async fn all_laid(&self) {
+        loop {
+            let mut told = pin!(self.laid.notified());
+            // From here on no notification is missed.
+            told.as_mut().enable();
+            if self.unlaid.lock().as_ref().is_some_and(BTreeSet::is_empty) {
+                return;
+            }
+            told.await;
+        }
     }
 
     /// Whether every pod of the first snapshot was tried once.
@@ -168,6 +201,13 @@ impl Registry {
     /// The pod, if it is in the mesh.
     pub fn enrolled(&self, uid: &WorkloadUid) -> Option<Arc<EnrolledPod>> {
         self.pods.lock().get(uid)?.slot.enrolled.load_full()
+    }
+
+    /// The pods that are in the mesh.
+    pub fn all_enrolled(&self) -> Vec<Arc<EnrolledPod>> {
+        let pods = self.pods.lock();
+        let enrolled = |entry: &Entry| entry.slot.enrolled.load_full();
+        pods.values().filter_map(enrolled).collect()
     }
 
     /// How far each pod is.
@@ -187,7 +227,7 @@ impl Registry {
                     .load_full()
                     .or_else(|| slot.leaving.load_full());
                 if let Some(pod) = pod {
-                    status.connections = pod.live();
+                    status.observe(&pod);
                 }
                 status
             })

@@ -1,11 +1,16 @@
 //! How far the enrolment of each pod is, for `/pods`.
 
+use std::collections::BTreeMap;
 use std::time::{Duration, SystemTime};
 
 use serde::{Serialize, Serializer};
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
+use super::backlog::Backlog;
+use super::kernel::PROBE_PORTS_PER_POD;
+use super::native::NativeView;
+use super::pod::EnrolledPod;
 use super::probe::Proof;
 use crate::mesh::{Mode, ObjectName, Workload, WorkloadUid};
 
@@ -80,6 +85,16 @@ pub struct PodStatus {
     pub repaired: u64,
     /// Live connections.
     pub connections: usize,
+    /// How many found no room, by the reason, where that happened.
+    pub refused: BTreeMap<&'static str, u64>,
+    /// The queues of the agent's listeners in the pod.
+    pub backlogs: Vec<Backlog>,
+    /// Ports on which a probing cgroup reaches the app past the mesh, once it is enrolled.
+    pub probe_ports: Vec<u16>,
+    /// Declared ones for which there was no room.
+    pub probe_ports_left_out: Vec<u16>,
+    /// What its native connections carried, by the class of their destination.
+    pub native: BTreeMap<&'static str, NativeView>,
     /// Why the last attempt failed; none after a success.
     pub last_error: Option<String>,
     /// When the next attempt is due, after a failure.
@@ -102,6 +117,11 @@ impl PodStatus {
             failures: 0,
             repaired: 0,
             connections: 0,
+            refused: BTreeMap::new(),
+            backlogs: Vec::new(),
+            probe_ports: Vec::new(),
+            probe_ports_left_out: Vec::new(),
+            native: BTreeMap::new(),
             last_error: None,
             next_retry: None,
         }
@@ -115,6 +135,21 @@ impl PodStatus {
             last_error: Some(reason.to_owned()),
             ..Self::pending(workload)
         }
+    }
+
+    /// What the pod itself knows at this moment.
+    pub(super) fn observe(&mut self, pod: &EnrolledPod) {
+        self.connections = pod.live();
+        let refused = pod.refused().into_iter();
+        self.refused = refused
+            .filter(|(_, count)| *count > 0)
+            .map(|(full, count)| (full.as_str(), count))
+            .collect();
+        self.backlogs = pod.backlogs();
+        let declared = pod.workload().probe_ports.clone();
+        let mut ports = declared.into_iter();
+        self.probe_ports = ports.by_ref().take(PROBE_PORTS_PER_POD).collect();
+        self.probe_ports_left_out = ports.collect();
     }
 
     pub(super) fn succeeded(&mut self, seen: Vec<Proof>, now: SystemTime) {

@@ -31,6 +31,8 @@ pub(super) enum AttachType {
     Connect4 = 10,
     /// `BPF_CGROUP_INET6_CONNECT`
     Connect6 = 11,
+    /// `BPF_CGROUP_SETSOCKOPT`
+    SetSockopt = 22,
     /// `BPF_SK_LOOKUP`
     Lookup = 36,
 }
@@ -231,19 +233,73 @@ pub(super) fn socket_cookie(socket: BorrowedFd<'_>) -> io::Result<u64> {
 
 fn cookie(socket: BorrowedFd<'_>, option: libc::c_int) -> io::Result<u64> {
     let mut cookie = 0_u64;
-    let mut length = size_of::<u64>() as libc::socklen_t;
-    // SAFETY: the kernel writes at most `length` bytes to `cookie`.
+    get_option(socket, libc::SOL_SOCKET, option, &mut cookie)?;
+    Ok(cookie)
+}
+
+/// A listening socket's queue of connections that wait to be accepted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct ListenQueue {
+    /// How many wait.
+    pub(super) waiting: u32,
+    /// How many may.
+    pub(super) room: u32,
+    /// SYNs and handshakes that found none, or no memory, since the socket was made
+    /// (`tcp_listendrop`).
+    pub(super) dropped: u32,
+}
+
+/// What the kernel says about a listener: `tcp_get_info` gives the queue's length and bound in two
+/// fields that mean something else for connections, and `SO_MEMINFO` (4.12) has the drops.
+pub(super) fn listen_queue(socket: BorrowedFd<'_>) -> io::Result<ListenQueue> {
+    /// Fields of `struct tcp_info` up to `tcpi_sacked` (include/uapi/linux/tcp.h).
+    #[repr(C)]
+    #[derive(Default)]
+    struct TcpInfo {
+        bytes: [u8; 8],
+        rto: u32,
+        ato: u32,
+        snd_mss: u32,
+        rcv_mss: u32,
+        unacked: u32,
+        sacked: u32,
+    }
+    /// `SK_MEMINFO_DROPS` of include/uapi/linux/sock_diag.h.
+    const DROPS: usize = 8;
+    let mut info = TcpInfo::default();
+    get_option(socket, libc::IPPROTO_TCP, libc::TCP_INFO, &mut info)?;
+    let mut memory = [0_u32; DROPS + 1];
+    get_option(socket, libc::SOL_SOCKET, SO_MEMINFO, &mut memory)?;
+    Ok(ListenQueue {
+        waiting: info.unacked,
+        room: info.sacked,
+        dropped: memory[DROPS],
+    })
+}
+
+/// `SO_MEMINFO` of include/uapi/asm-generic/socket.h.
+const SO_MEMINFO: libc::c_int = 55;
+
+/// Callers give a value of integers only, of which every bit pattern is one.
+fn get_option<T>(
+    socket: BorrowedFd<'_>,
+    level: libc::c_int,
+    option: libc::c_int,
+    value: &mut T,
+) -> io::Result<()> {
+    let mut length = size_of::<T>() as libc::socklen_t;
+    // SAFETY: the kernel writes at most `length` bytes to `value`, which holds integers.
     let result = unsafe {
         libc::getsockopt(
             socket.as_raw_fd(),
-            libc::SOL_SOCKET,
+            level,
             option,
-            (&raw mut cookie).cast(),
+            std::ptr::from_mut(value).cast(),
             &raw mut length,
         )
     };
     if result == 0 {
-        Ok(cookie)
+        Ok(())
     } else {
         Err(io::Error::last_os_error())
     }

@@ -90,11 +90,18 @@ impl PodTask {
                     }
                     continue;
                 }
-                Desired::Enrolled(workload, mode) => tokio::select! {
-                    biased;
-                    () = self.stop.clone().cancelled_owned() => break,
-                    wait = self.approach(&mut laid, &workload, mode) => wait,
-                },
+                Desired::Enrolled(workload, mode) => {
+                    let tools = self.tools.clone();
+                    tokio::select! {
+                        biased;
+                        () = self.stop.clone().cancelled_owned() => break,
+                        wait = async {
+                            // Rests while another agent takes over.
+                            let _active = tools.shelf.active().await;
+                            self.approach(&mut laid, &workload, mode).await
+                        } => wait,
+                    }
+                }
             };
             self.registry.tried(&self.slot.uid);
             tokio::select! {
@@ -201,10 +208,14 @@ impl PodTask {
         let enrolment = match Enrolment::lay(&self.tools, workload, mode, netns.clone()).await {
             Ok(enrolment) => enrolment,
             Err(error) => {
-                // A former agent's capture may be all that a STRICT pod has.
-                if mode == Mode::Permissive {
+                // A former agent's capture may be all that a STRICT pod has, and while another
+                // agent accepts for the pod, it is not taken away from that one either.
+                if mode == Mode::Permissive && self.tools.shelf.is_alone() {
                     self.unlay(&netns).await;
                     self.half_laid = None;
+                }
+                if mode == Mode::Strict && self.tools.kernel.is_staged() {
+                    enrol::shut(&self.tools, workload, mode, &netns).await?;
                 }
                 return Err(error);
             }
@@ -215,6 +226,13 @@ impl PodTask {
             proven: false,
             _claim: claim,
         });
+        if !self.tools.shelf.is_alone() {
+            // Connections are accepted here before the probe, and one of a pod beside it may lead
+            // to it. The running agent has proven the same capture.
+            self.slot.enrolled.store(Some(now.enrolment.pod.clone()));
+        }
+        self.registry.laid(&self.slot.uid);
+        self.tools.shelf.alone().await;
         let proof = now.enrolment.prove(&self.tools).await?;
         now.proven = true;
         self.proven(&now.enrolment, mode, proof);

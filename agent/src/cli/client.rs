@@ -1,15 +1,18 @@
-//! One GET to the admin endpoint.
+//! One request to the agent: to its admin endpoint, or its control socket.
 
+use std::io;
 use std::net::SocketAddr;
+use std::path::Path;
 use std::time::Duration;
 
 use bytes::Bytes;
-use http::header::{ACCEPT, CONNECTION, HOST};
+use http::header::{ACCEPT, CONNECTION, CONTENT_TYPE, HOST};
 use http::{Request, StatusCode};
-use http_body_util::{BodyExt, Empty, Limited};
+use http_body_util::{BodyExt, Full, Limited};
 use hyper::client::conn::http1;
 use hyper_util::rt::TokioIo;
-use tokio::net::TcpStream;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::{TcpStream, UnixStream};
 
 use super::CliError;
 
@@ -47,26 +50,8 @@ impl Answer {
     }
 }
 
-/// Asks for a path; any status is an answer.
+/// Asks the admin endpoint for a path; any status is an answer.
 pub(super) async fn get(admin: SocketAddr, path: &str, format: Format) -> Result<Answer, CliError> {
-    let connecting = tokio::time::timeout(CONNECT_TIMEOUT, TcpStream::connect(admin));
-    let stream = match connecting.await {
-        Ok(Ok(stream)) => stream,
-        Ok(Err(source)) => return Err(CliError::Unreachable { admin, source }),
-        Err(_) => return Err(CliError::TimedOut(admin)),
-    };
-    tokio::time::timeout(ANSWER_TIMEOUT, exchange(stream, admin, path, format))
-        .await
-        .map_err(|_| CliError::TimedOut(admin))?
-        .map_err(|source| CliError::Http { admin, source })
-}
-
-async fn exchange(
-    stream: TcpStream,
-    admin: SocketAddr,
-    path: &str,
-    format: Format,
-) -> Result<Answer, Box<dyn std::error::Error + Send + Sync>> {
     let accept = match format {
         Format::Json => "application/json",
         Format::Text => "text/plain",
@@ -74,8 +59,50 @@ async fn exchange(
     let request = Request::get(path)
         .header(HOST, admin.to_string())
         .header(ACCEPT, accept)
-        .header(CONNECTION, "close")
-        .body(Empty::<Bytes>::new())?;
+        .body(Full::default());
+    let at = admin.to_string();
+    ask(&at, TcpStream::connect(admin), request).await
+}
+
+/// Sends JSON to a path of the control socket; any status is an answer.
+pub(super) async fn post(socket: &Path, path: &str, json: String) -> Result<Answer, CliError> {
+    let request = Request::post(path)
+        .header(HOST, "localhost")
+        .header(CONTENT_TYPE, "application/json")
+        .body(Full::from(json));
+    let at = socket.display().to_string();
+    ask(&at, UnixStream::connect(socket), request).await
+}
+
+async fn ask<S: AsyncRead + AsyncWrite + Unpin>(
+    at: &str,
+    connect: impl Future<Output = io::Result<S>>,
+    request: http::Result<Request<Full<Bytes>>>,
+) -> Result<Answer, CliError> {
+    let timed_out = || CliError::TimedOut(at.to_owned());
+    let stream = tokio::time::timeout(CONNECT_TIMEOUT, connect)
+        .await
+        .map_err(|_| timed_out())?
+        .map_err(|source| CliError::Unreachable {
+            at: at.to_owned(),
+            source,
+        })?;
+    tokio::time::timeout(ANSWER_TIMEOUT, exchange(stream, request))
+        .await
+        .map_err(|_| timed_out())?
+        .map_err(|source| CliError::Http {
+            at: at.to_owned(),
+            source,
+        })
+}
+
+async fn exchange(
+    stream: impl AsyncRead + AsyncWrite + Unpin,
+    request: http::Result<Request<Full<Bytes>>>,
+) -> Result<Answer, Box<dyn std::error::Error + Send + Sync>> {
+    let mut request = request?;
+    let close = http::HeaderValue::from_static("close");
+    request.headers_mut().insert(CONNECTION, close);
     let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await?;
     let exchange = async {
         let response = sender.send_request(request).await?;

@@ -1,4 +1,5 @@
-//! The subcommands that ask a running agent: `undermesh status|connections|pods|certificates`.
+//! The subcommands that ask a running agent: `undermesh
+//! status|connections|pods|routes|certificates|breakers|policies`.
 //!
 //! They print what the admin endpoint says, in its own tables, so that what is seen here and with
 //! `curl` is the same.
@@ -7,12 +8,14 @@ mod client;
 
 use std::io::{self, Write};
 use std::net::SocketAddr;
+use std::path::PathBuf;
 
-use clap::{Args, Subcommand};
+use clap::{Args, Subcommand, ValueEnum};
 use serde_json::{Value, json};
 use thiserror::Error;
 
-use client::{Answer, Format, get};
+use crate::admin::{FORCE_PATH, ForceAnswer, ForceRequest, ForceTo};
+use client::{Answer, Format, get, post};
 
 /// Questions to the agent of this node.
 #[derive(Debug, Clone, Subcommand)]
@@ -23,9 +26,50 @@ pub enum Command {
     Connections(ConnectionsQuery),
     /// List the pods of this node and how far each is enrolled
     Pods(Query),
+    /// List routes, whether they are in force, and what is wrong with those that are not
+    Routes(Query),
     /// List the certificates that this agent holds
     Certificates(Query),
+    /// List the circuit breakers of this node's destinations, or force them open or closed
+    Breakers(BreakersQuery),
+    /// List the policies, what each is attached to, and whether it is in force there
+    Policies(Query),
 }
+
+/// Which breakers to list or to force.
+#[derive(Debug, Clone, Args)]
+pub struct BreakersQuery {
+    /// Which agent, and how to print.
+    #[command(flatten)]
+    pub query: Query,
+    /// Hold the breakers of DESTINATION open (reject everything) or closed (pass everything), or
+    /// release them (none). Holds until released or the agent is started anew. Needs root
+    #[arg(long, value_enum, value_name = "STATE", requires = "destination")]
+    pub force: Option<Force>,
+    /// The agent's control socket
+    #[arg(long, value_name = "PATH", default_value = CONTROL_SOCKET)]
+    pub admin_socket: PathBuf,
+    /// What to force, as the list names it: NAMESPACE/SERVICE:PORT
+    #[arg(requires = "force")]
+    pub destination: Option<String>,
+    /// One route of it, as the list names it. Default: all
+    #[arg(requires = "force")]
+    pub route: Option<String>,
+}
+
+/// What to impose on breakers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Force {
+    /// Rejects everything.
+    Open,
+    /// Passes everything.
+    Closed,
+    /// Releases.
+    None,
+}
+
+/// Where the agent's control socket is, unless it is told otherwise.
+pub const CONTROL_SOCKET: &str = "/run/undermesh/control.sock";
 
 /// Which agent to ask and how to print the answer.
 #[derive(Debug, Clone, Args)]
@@ -62,21 +106,21 @@ pub struct ConnectionsQuery {
 #[derive(Debug, Error)]
 pub enum CliError {
     /// Nobody listens there.
-    #[error("no agent answers at {admin}: {source}. Is the agent running on this node?")]
+    #[error("no agent answers at {at}: {source}. Is the agent running on this node?")]
     Unreachable {
         /// Where it was looked for.
-        admin: SocketAddr,
+        at: String,
         /// Why.
         source: io::Error,
     },
     /// The agent, or what listens there, did not answer in time.
     #[error("the agent at {0} did not answer in time")]
-    TimedOut(SocketAddr),
+    TimedOut(String),
     /// What listens there does not speak HTTP, or went away.
-    #[error("the agent at {admin} broke off: {source}")]
+    #[error("the agent at {at} broke off: {source}")]
     Http {
         /// Who was asked.
-        admin: SocketAddr,
+        at: String,
         /// How it failed.
         source: Box<dyn std::error::Error + Send + Sync>,
     },
@@ -116,7 +160,10 @@ pub async fn run_to(
         Command::Status(query) => status(&query, out).await,
         Command::Connections(query) => connections(&query, out, remarks).await,
         Command::Pods(query) => show(&query, "/pods", out).await,
+        Command::Routes(query) => show(&query, "/routes", out).await,
         Command::Certificates(query) => show(&query, "/certificates", out).await,
+        Command::Breakers(query) => breakers(&query, out).await,
+        Command::Policies(query) => show(&query, "/policies", out).await,
     }
 }
 
@@ -177,6 +224,47 @@ async fn connections(
     }
 }
 
+async fn breakers(query: &BreakersQuery, out: &mut impl Write) -> Result<(), CliError> {
+    let (Some(force), Some(destination)) = (query.force, &query.destination) else {
+        return show(&query.query, "/breakers", out).await;
+    };
+    let request = ForceRequest {
+        destination: destination.clone(),
+        route: query.route.clone(),
+        force: match force {
+            Force::Open => Some(ForceTo::Open),
+            Force::Closed => Some(ForceTo::Closed),
+            Force::None => None,
+        },
+    };
+    let request = serde_json::to_string(&request)?;
+    let answer = post(&query.admin_socket, FORCE_PATH, request).await?;
+    let answer = ok(answer, FORCE_PATH)?;
+    if query.query.json {
+        return print(out, &format!("{}\n", answer.body));
+    }
+    let forced: ForceAnswer = serde_json::from_str(&answer.body)?;
+    let what = match force {
+        Force::Open => "held open",
+        Force::Closed => "held closed",
+        Force::None => "released",
+    };
+    print(
+        out,
+        &format!(
+            "{what}: {} of {destination}\n",
+            breakers_of(forced.breakers)
+        ),
+    )
+}
+
+fn breakers_of(count: usize) -> String {
+    match count {
+        1 => "1 breaker".to_owned(),
+        _ => format!("{count} breakers"),
+    }
+}
+
 async fn show(query: &Query, path: &str, out: &mut impl Write) -> Result<(), CliError> {
     let answer = ok(get(query.admin, path, query.format()).await?, path)?;
     print(out, &answer.body)
@@ -225,7 +313,9 @@ mod tests {
     use tokio_util::sync::CancellationToken;
 
     use super::*;
-    use crate::admin::{Admin, AdminOptions, AdminState, Condition};
+    use crate::admin::breakers::testing::{DESTINATION, OneBreaker, ROUTE};
+    use crate::admin::{Admin, AdminOptions, AdminState, Condition, Control};
+    use crate::resilience::breaker::Forced;
     use crate::telemetry::Telemetry;
     use crate::telemetry::testing::{info, info_from};
 
@@ -318,9 +408,65 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn pods_and_certificates_are_the_views_of_those_names() {
+    async fn breakers_are_forced_and_released_over_the_control_socket() {
+        let directory = tempfile::TempDir::new().unwrap();
+        let socket = directory.path().join("control.sock");
+        let book = Arc::new(OneBreaker::default());
+        let control = Control::bind(&socket, book.clone()).unwrap();
+        let stop = CancellationToken::new();
+        let serving = tokio::spawn(control.run(stop.clone()));
+        let (admin, _stop) = serve(state()).await;
+        let path = socket.to_str().unwrap();
+        let force = |words: &[&str]| -> Vec<String> {
+            let first = ["breakers", "--admin-socket", path, "--force"];
+            let words = first.iter().chain(words);
+            words.map(|word| (*word).to_owned()).collect()
+        };
+        for (words, printed, forced) in [
+            (
+                force(&["open", DESTINATION]),
+                "held open: 1 breaker of shop/cart:80\n",
+                Some(Forced::Open),
+            ),
+            (
+                force(&["closed", DESTINATION, ROUTE]),
+                "held closed: 1 breaker of shop/cart:80\n",
+                Some(Forced::Closed),
+            ),
+            (
+                force(&["none", DESTINATION]),
+                "released: 1 breaker of shop/cart:80\n",
+                None,
+            ),
+        ] {
+            let words: Vec<&str> = words.iter().map(String::as_str).collect();
+            let (result, out, _) = run_line(admin, &words).await;
+            result.unwrap();
+            assert_eq!(out, printed);
+            assert_eq!(*book.forced.lock(), forced);
+        }
+        let words = force(&["open", "shop/other:80"]);
+        let words: Vec<&str> = words.iter().map(String::as_str).collect();
+        let error = run_line(admin, &words).await.0.unwrap_err();
+        assert!(error.to_string().contains("shop/other:80"), "{error}");
+        stop.cancel();
+        serving.await.unwrap();
+        let error = run_line(admin, &words).await.0.unwrap_err();
+        assert!(matches!(error, CliError::Unreachable { .. }), "{error}");
+    }
+
+    #[test]
+    fn forcing_needs_a_destination_and_a_destination_needs_forcing() {
+        for line in [["breakers", "--force=open"], ["breakers", "shop/cart:80"]] {
+            assert!(Line::try_parse_from(["undermesh"].into_iter().chain(line)).is_err());
+        }
+    }
+
+    #[tokio::test]
+    async fn pods_routes_and_certificates_are_the_views_of_those_names() {
         let views = state()
             .view("pods", &[], || json!([{"name": "shop/web-0"}]))
+            .view("routes", &[], || json!([{"route": "HTTPRoute/shop/r"}]))
             .view(
                 "certificates",
                 &[],
@@ -328,6 +474,8 @@ mod tests {
             );
         let (admin, _stop) = serve(views).await;
         assert_eq!(run_line(admin, &["pods"]).await.1, "NAME\nshop/web-0\n");
+        let routes = run_line(admin, &["routes"]).await.1;
+        assert_eq!(routes, "ROUTE\nHTTPRoute/shop/r\n");
         let (result, printed, _) = run_line(admin, &["certificates", "--json"]).await;
         result.unwrap();
         assert!(printed.contains("spiffe://x/ns/a/sa/b"));

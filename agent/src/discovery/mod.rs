@@ -2,9 +2,10 @@
 //!
 //! A source ([`files`]) brings objects as Kubernetes has them. [`translate`] checks each for itself,
 //! [`Cluster`] puts them together, and what comes out is the [`Snapshot`](crate::mesh::Snapshot)
-//! that everything else reads.
+//! that everything else reads. [`crds`] are the definitions of our own kinds.
 
 mod cluster;
+pub mod crds;
 pub mod files;
 mod object;
 pub mod translate;

@@ -7,14 +7,16 @@ use gateway_api::experimental::httproutes::HttpRoute;
 use gateway_api::experimental::referencegrants::ReferenceGrant;
 use gateway_api::experimental::tcproutes::TcpRoute;
 use gateway_api::experimental::tlsroutes::TlsRoute;
+use gateway_api::experimental::xbackendtrafficpolicies::XBackendTrafficPolicy;
 use k8s_openapi::api::core::v1::{Namespace, Node, Pod, Service};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use serde::{Serialize, Serializer};
 use thiserror::Error;
 
-use super::translate::MeshConfigManifest;
+use super::translate::{MeshConfigManifest, TrafficPolicyManifest};
 use crate::mesh::ObjectName;
+use crate::mesh::policy::{PolicyId, PolicyKind};
 use crate::mesh::route::{RouteId, RouteKind};
 
 /// The kinds that are read.
@@ -46,6 +48,10 @@ pub enum Kind {
     TcpRoute,
     /// `gateway.networking.k8s.io/v1`.
     ReferenceGrant,
+    /// `undermesh.io/v1alpha1`.
+    TrafficPolicy,
+    /// `gateway.networking.x-k8s.io/v1alpha1`.
+    XBackendTrafficPolicy,
 }
 
 impl Kind {
@@ -61,7 +67,9 @@ impl Kind {
             | Self::HttpRoute
             | Self::TlsRoute
             | Self::TcpRoute
-            | Self::ReferenceGrant => Scope::Namespace,
+            | Self::ReferenceGrant
+            | Self::TrafficPolicy
+            | Self::XBackendTrafficPolicy => Scope::Namespace,
         }
     }
 
@@ -79,7 +87,9 @@ impl Kind {
             | Self::Pod
             | Self::EndpointSlice
             | Self::Service
-            | Self::ReferenceGrant => None,
+            | Self::ReferenceGrant
+            | Self::TrafficPolicy
+            | Self::XBackendTrafficPolicy => None,
         }
     }
 }
@@ -137,6 +147,20 @@ impl ObjectKey {
         }
     }
 
+    /// The policy that it is, if it is one.
+    #[must_use]
+    pub fn policy(&self) -> Option<PolicyId> {
+        let kind = match self.kind {
+            Kind::TrafficPolicy => PolicyKind::TrafficPolicy,
+            Kind::XBackendTrafficPolicy => PolicyKind::XBackendTrafficPolicy,
+            _ => return None,
+        };
+        Some(PolicyId {
+            kind,
+            name: self.name.clone(),
+        })
+    }
+
     /// The route that it is, if it is one.
     #[must_use]
     pub fn route(&self) -> Option<RouteId> {
@@ -152,6 +176,18 @@ impl From<&RouteId> for ObjectKey {
         Self {
             kind: route.kind.into(),
             name: route.name.clone(),
+        }
+    }
+}
+
+impl From<&PolicyId> for ObjectKey {
+    fn from(policy: &PolicyId) -> Self {
+        Self {
+            kind: match policy.kind {
+                PolicyKind::TrafficPolicy => Kind::TrafficPolicy,
+                PolicyKind::XBackendTrafficPolicy => Kind::XBackendTrafficPolicy,
+            },
+            name: policy.name.clone(),
         }
     }
 }
@@ -234,6 +270,10 @@ pub enum Object {
     TcpRoute(Box<TcpRoute>),
     /// Which routes of other namespaces may send to its own.
     ReferenceGrant(Box<ReferenceGrant>),
+    /// What traffic to a Service, or over a route, gets.
+    TrafficPolicy(Box<TrafficPolicyManifest>),
+    /// The retry budget of a Service.
+    XBackendTrafficPolicy(Box<XBackendTrafficPolicy>),
 }
 
 impl Object {
@@ -252,6 +292,8 @@ impl Object {
             Self::TlsRoute(_) => Kind::TlsRoute,
             Self::TcpRoute(_) => Kind::TcpRoute,
             Self::ReferenceGrant(_) => Kind::ReferenceGrant,
+            Self::TrafficPolicy(_) => Kind::TrafficPolicy,
+            Self::XBackendTrafficPolicy(_) => Kind::XBackendTrafficPolicy,
         }
     }
 
@@ -270,6 +312,8 @@ impl Object {
             Self::TlsRoute(object) => &object.metadata,
             Self::TcpRoute(object) => &object.metadata,
             Self::ReferenceGrant(object) => &object.metadata,
+            Self::TrafficPolicy(object) => &object.metadata,
+            Self::XBackendTrafficPolicy(object) => &object.metadata,
         }
     }
 

@@ -48,6 +48,7 @@ fn undelivered(error: &DialError) -> Undelivered {
     let reason = match error {
         DialError::Refused(_) => FailureReason::ConnectRefused,
         DialError::Gone => FailureReason::PodGone,
+        DialError::Misdirected(_) => FailureReason::PeerIdentity,
         DialError::NoSourcePort(_) => FailureReason::NoSourcePort,
         DialError::Unreachable { .. } => FailureReason::Unreachable,
         DialError::Netns(_) | DialError::Kernel(_) | DialError::Io { .. } => {

@@ -119,9 +119,12 @@ async fn serve_stream(inbound: Arc<Inbound>, pod: Arc<EnrolledPod>, incoming: In
         security: Security::MutualTls,
         original_destination: app,
     });
-    let Some(_live) = pod.admit() else {
-        incoming.refuse(Refusal::Unavailable);
-        return connection.fail(FailureReason::Overload, &"the pod has no room for more");
+    let _live = match pod.admit() {
+        Ok(live) => live,
+        Err(full) => {
+            incoming.refuse(Refusal::Unavailable);
+            return connection.fail(FailureReason::Overload, &full);
+        }
     };
     let mode = workload.mode().unwrap_or(Mode::Permissive);
     if let Err(denied) = authorize(mode, Some(&incoming.peer)) {

@@ -371,6 +371,24 @@ impl Snapshot {
             .map_or("", |port| &port.name)
     }
 
+    /// What policies say of a Service, whether it exists or not.
+    #[must_use]
+    pub fn service_policies(&self, service: &ObjectName) -> Option<&ServiceLayers> {
+        self.policies.layers_of(service)
+    }
+
+    /// What a policy says of a route.
+    #[must_use]
+    pub fn route_policy(&self, route: &RouteId) -> Option<&Layer> {
+        self.policies.layer_of(route)
+    }
+
+    /// The status of one policy.
+    #[must_use]
+    pub fn policy_status(&self, policy: &PolicyId) -> Option<&Arc<PolicyStatus>> {
+        self.policies.status(policy)
+    }
+
     /// Puts the policies of a Service in force in place of those that were; none takes them away.
     /// Its ports are captured then, even if no endpoint is meshed.
     pub fn set_service_policies(&mut self, service: &ObjectName, layers: Option<ServiceLayers>) {

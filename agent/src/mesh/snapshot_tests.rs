@@ -29,6 +29,7 @@ fn workload(number: u8, addresses: &[u8], meshed: bool) -> Arc<Workload> {
         addresses: addresses.iter().map(|&last| address(last)).collect(),
         labels: Arc::default(),
         named_ports: BTreeMap::new(),
+        probe_ports: Default::default(),
         membership: if meshed {
             Membership::Meshed(Mode::Permissive)
         } else {

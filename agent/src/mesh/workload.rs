@@ -1,6 +1,6 @@
 //! Pods as the mesh sees them.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
@@ -93,6 +93,8 @@ pub struct Workload {
     pub labels: Arc<BTreeMap<String, String>>,
     /// Named container ports (TCP).
     pub named_ports: BTreeMap<String, u16>,
+    /// Ports that the kubelet probes, or calls as lifecycle handlers, over TCP.
+    pub probe_ports: BTreeSet<u16>,
     /// Whether and how it belongs to the mesh.
     pub membership: Membership,
     /// Condition `Ready` (a pod without a status counts as ready).

@@ -159,15 +159,23 @@ impl Dialer {
     pub(super) async fn open(
         &self,
         pod: &Arc<EnrolledPod>,
+        capture: &Capture,
         way: &Way,
         peer: SocketAddr,
         service: Option<&ObjectName>,
         limit: Duration,
     ) -> Result<Upstream, Failure> {
         match &way.path {
-            Path::SameNode => dial(pod, Dial::Admitted(way.endpoint), limit)
-                .await
-                .map(Upstream::Socket),
+            Path::SameNode => {
+                // The way is by what is enrolled here; a pod that left meanwhile has no namespace.
+                let there = way.workload.as_ref();
+                let there = there.and_then(|workload| capture.enrolled(&workload.uid));
+                let admitted = Dial::Admitted {
+                    destination: way.endpoint,
+                    netns_cookie: there.map_or(0, |destination| destination.netns_cookie()),
+                };
+                dial(pod, admitted, limit).await.map(Upstream::Socket)
+            }
             Path::Plaintext => dial(pod, Dial::Direct(way.endpoint), limit)
                 .await
                 .map(Upstream::Socket),
@@ -236,6 +244,7 @@ fn dial_failure(error: &DialError) -> Failure {
         DialError::Refused(_) => FailureReason::ConnectRefused,
         DialError::Unreachable { .. } => FailureReason::Unreachable,
         DialError::NoSourcePort(_) => FailureReason::NoSourcePort,
+        DialError::Misdirected(_) => FailureReason::PeerIdentity,
         DialError::Gone => return Failure::new(FailureReason::PodGone, error.to_string()),
         DialError::Netns(_) | DialError::Kernel(_) | DialError::Io { .. } => {
             FailureReason::Internal
@@ -343,6 +352,10 @@ mod tests {
             (
                 dial_failure(&DialError::Refused(peer())),
                 FailureReason::ConnectRefused,
+            ),
+            (
+                dial_failure(&DialError::Misdirected(peer())),
+                FailureReason::PeerIdentity,
             ),
             (
                 dial_failure(&DialError::NoSourcePort(peer())),

@@ -40,7 +40,7 @@ use opaque::Origin;
 use target::{Target, target};
 
 pub use clock::Clock;
-pub use destinations::{Destinations, EventReporter};
+pub use destinations::Destinations;
 
 /// How often destinations are looked after that nobody asks.
 const MAINTENANCE: Duration = Duration::from_secs(1);

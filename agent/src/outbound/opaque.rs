@@ -246,7 +246,14 @@ impl Outbound {
         let limit = snapshot.config().connect_timeout;
         let service = origin.target.service();
         self.dialer
-            .open(&origin.pod, &way, origin.peer, service, limit)
+            .open(
+                &origin.pod,
+                &origin.capture,
+                &way,
+                origin.peer,
+                service,
+                limit,
+            )
             .await
     }
 

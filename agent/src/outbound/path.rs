@@ -77,6 +77,7 @@ mod tests {
             addresses: Vec::new(),
             labels: Default::default(),
             named_ports: BTreeMap::new(),
+            probe_ports: Default::default(),
             membership,
             ready: true,
             sandbox: None,

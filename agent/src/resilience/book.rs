@@ -12,12 +12,12 @@ use super::breaker::{BreakerState, Forced};
 
 /// The destinations of this node and their breakers.
 pub trait BreakerBook: Send + Sync + fmt::Debug {
-    /// All destinations, as they are now. Called for each scrape; must not block for long.
+    /// All destinations, each once, as they are now. Called several times for each scrape; must not
+    /// block for long.
     fn list(&self) -> Vec<DestinationView>;
 
-    /// Holds the breakers of a destination open or closed, or releases them (none): all of its
-    /// routes, or the one. Holds also for breakers of that destination that are made later on, if no
-    /// route is named.
+    /// Holds the breakers of a destination open or closed, or releases them (none): those of all
+    /// routes that it has now, or of the one. Gives how many.
     ///
     /// # Errors
     /// [`NoSuchBreaker`] if this node knows no such destination, or no breaker of that route.
@@ -75,6 +75,14 @@ pub struct EndpointView {
     pub in_flight: u32,
     /// Its share of traffic, relative to the others.
     pub weight: u32,
+}
+
+impl EndpointView {
+    /// Whether it gets no requests.
+    #[must_use]
+    pub fn is_ejected(&self) -> bool {
+        self.standing == Standing::Ejected
+    }
 }
 
 /// Whether an endpoint gets requests.

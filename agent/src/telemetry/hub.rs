@@ -212,6 +212,21 @@ impl Telemetry {
         });
     }
 
+    /// Adds counters of time of another part; `name` ends in `_seconds`, without `_total`. `read` is
+    /// called at each scrape and must not scrape itself.
+    pub fn register_seconds(
+        &self,
+        name: &'static str,
+        help: &'static str,
+        read: impl Fn() -> Vec<Labelled<Duration>> + Send + Sync + 'static,
+    ) {
+        self.register(SampledFamily {
+            name,
+            help,
+            read: Samples::Seconds(Box::new(read)),
+        });
+    }
+
     /// Adds gauges of another part. `read` is called at each scrape and must not scrape itself.
     pub fn register_gauge(
         &self,

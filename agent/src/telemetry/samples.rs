@@ -1,6 +1,7 @@
 //! Metrics that other parts bring: values that are read when metrics are scraped.
 
 use std::fmt;
+use std::time::Duration;
 
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{
@@ -23,6 +24,14 @@ pub struct Labelled<V> {
 }
 
 impl<V> Labelled<V> {
+    /// Without labels.
+    pub fn bare(value: V) -> Self {
+        Self {
+            labels: Vec::new(),
+            value,
+        }
+    }
+
     /// With one label.
     pub fn one(label: &'static str, value_of_label: &str, value: V) -> Self {
         Self {
@@ -43,6 +52,8 @@ pub(super) struct SampledFamily {
 
 pub(super) enum Samples {
     Counter(Read<u64>),
+    /// Counts time; its name ends in `_seconds`.
+    Seconds(Read<Duration>),
     Gauge(Read<f64>),
 }
 
@@ -62,6 +73,13 @@ impl Collector for SampledFamily {
                     encoder.encode_descriptor(self.name, self.help, None, MetricType::Counter)?;
                 each(&mut family, read(), |encoder, value| {
                     encoder.encode_counter::<NoLabelSet, _, u64>(&value, None)
+                })
+            }
+            Samples::Seconds(read) => {
+                let mut family =
+                    encoder.encode_descriptor(self.name, self.help, None, MetricType::Counter)?;
+                each(&mut family, read(), |encoder, value| {
+                    encoder.encode_counter::<NoLabelSet, _, u64>(&value.as_secs_f64(), None)
                 })
             }
             Samples::Gauge(read) => {

@@ -24,6 +24,7 @@ pub(crate) fn workload(name: &str, address: &str) -> Arc<Workload> {
         addresses: vec![address.parse().unwrap()],
         labels: Arc::default(),
         named_ports: BTreeMap::new(),
+        probe_ports: Default::default(),
         membership: Membership::Meshed(Mode::Strict),
         ready: true,
         sandbox: None,

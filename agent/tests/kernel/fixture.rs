@@ -335,7 +335,7 @@ impl CgroupGuard {
         Self
     }
 
-    fn path(&self) -> PathBuf {
+    pub fn path(&self) -> PathBuf {
         lock().as_ref().unwrap().own.clone()
     }
 }

@@ -3,7 +3,11 @@
 
 mod arrival;
 mod capture;
+mod dodge;
 mod fixture;
+mod instructions;
 #[cfg(debug_assertions)]
 mod log;
+mod native;
 mod pins;
+mod probes;

@@ -3,6 +3,7 @@
 use std::fs;
 use std::mem::ManuallyDrop;
 use std::net::{IpAddr, Ipv4Addr};
+use std::os::fd::AsFd as _;
 use std::slice;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -185,6 +186,87 @@ fn pins_of_another_layout_are_shown_and_cleared_when_asked() {
     assert!(!former.exists());
     assert!(foreign.exists());
     assert!(kernel.status().former_layouts.is_empty());
+}
+
+/// Makes what a kernel side has pinned that of an agent of another layout.
+fn call_former(fixture: &Fixture, kernel: &Kernel) -> std::path::PathBuf {
+    let former = fixture.pins.path.join("00000000deadbeef");
+    fs::rename(kernel.status().pins, &former).unwrap();
+    former
+}
+
+#[test]
+fn no_connection_escapes_while_programs_of_another_layout_are_replaced() {
+    let fixture = Fixture::new();
+    let former = fixture.load();
+    fixture.enrol(&former, Mode::Strict);
+    capture(&former, &[target(PEER_V4, None)]);
+    let agent = fixture.listen(&former, Family::V4, ListenerKind::Outbound);
+    let links = |kernel: &Kernel| -> Vec<u32> {
+        let programs = kernel.status().programs;
+        programs.iter().map(|program| program.link_id).collect()
+    };
+    let before = links(&former);
+    let server = fixture.peer.bind(PEER_V4);
+    let destination = server.local_addr().unwrap();
+    let done = AtomicBool::new(false);
+    let directory = call_former(&fixture, &former);
+    let next = fixture.load();
+    thread::scope(|scope| {
+        let replaced = scope.spawn(|| {
+            assert!(next.is_staged());
+            fixture.enrol(&next, Mode::Strict);
+            capture(&next, &[target(PEER_V4, None)]);
+            let cookie = fixture.netns_cookie;
+            let slot = fixture.slot(Family::V4, ListenerKind::Outbound);
+            next.set_listener(slot, agent.as_fd()).unwrap();
+            assert!(next.lookup_attached(cookie));
+            next.replace_former().unwrap();
+            assert!(!next.is_staged());
+            let cleared = next.clear_former_layouts().unwrap();
+            assert_eq!(cleared, slice::from_ref(&directory));
+            done.store(true, Ordering::Release);
+        });
+        let mut connections = 0;
+        while !done.load(Ordering::Acquire) || connections < 100 {
+            let client = fixture.pod.connect(destination).unwrap();
+            assert_eq!(accept(&agent).1, client.local_addr().unwrap());
+            connections += 1;
+        }
+        replaced.join().unwrap();
+    });
+    assert!(is_idle(&server));
+    // The links are the same, so there was no moment without a program in one.
+    assert_eq!(links(&next), before);
+    assert!(counters(&next)["connect_captured"] > 0);
+    assert!(!directory.exists());
+}
+
+#[test]
+fn programs_of_another_layout_refuse_until_they_are_replaced_and_the_new_ones_from_then_on() {
+    let fixture = Fixture::new();
+    let former = fixture.load();
+    fixture.enrol(&former, Mode::Strict);
+    capture(&former, &[target(PEER_V4, None)]);
+    call_former(&fixture, &former);
+    let server = fixture.peer.bind(PEER_V4);
+    let refused = || {
+        let error = fixture.pod.connect(server.local_addr().unwrap());
+        let kind = error.unwrap_err().kind();
+        assert_eq!(kind, std::io::ErrorKind::ConnectionRefused);
+        assert!(is_idle(&server));
+    };
+    // An agent that dies before it had laid the pod changes nothing.
+    drop(fixture.load());
+    refused();
+    let next = fixture.load();
+    assert!(next.is_staged());
+    refused();
+    fixture.enrol(&next, Mode::Strict);
+    capture(&next, &[target(PEER_V4, None)]);
+    next.replace_former().unwrap();
+    refused();
+    assert_eq!(counters(&next)["connect_agent_gone_refused"], 1);
 }
 
 #[test]

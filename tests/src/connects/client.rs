@@ -4,11 +4,13 @@ use std::io::{self, ErrorKind, IoSlice, IoSliceMut, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use clap::Args;
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::socket::{setsockopt, sockopt};
+use rustix::event::{PollFd, PollFlags, poll};
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
     SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
@@ -21,6 +23,14 @@ use super::kind::{Expected, Kind};
 const LIMIT: Duration = Duration::from_secs(10);
 /// Send the first bytes with the SYN.
 const MSG_FASTOPEN: i32 = 0x2000_0000;
+/// For a refusal: nothing of it may wait for a time-out.
+const SOON: Duration = Duration::from_secs(2);
+/// In which a pod may close as many connections to one destination as it likes.
+const MINUTE: Duration = Duration::from_secs(60);
+/// Threads of that pod.
+const AT_A_TIME: u32 = 8;
+/// `EINPROGRESS` of `errno.h`.
+const EINPROGRESS: i32 = 115;
 /// Longer than all other kinds take together.
 const LONGEST: Duration = Duration::from_secs(1800);
 /// What is said on each connection.
@@ -71,7 +81,8 @@ impl ConnectReport {
         self.refused += u64::from(refusal);
         match (outcome, expected) {
             (Ok(()), Expected::Captured | Expected::Native) => self.right += 1,
-            (Err(_), Expected::Refused) if refusal => self.right += 1,
+            (Ok(()), Expected::Bounded) => self.right += 1,
+            (Err(_), Expected::Refused | Expected::Bounded) if refusal => self.right += 1,
             (Ok(()), Expected::Refused) => self.note("it worked".to_owned()),
             (Err(error), _) => self.note(error.to_string()),
         }
@@ -97,7 +108,8 @@ pub fn run(options: &ConnectOptions) -> io::Result<ConnectReport> {
     let mut report = ConnectReport::default();
     let expected = options.kind.expected();
     match options.kind {
-        Kind::Concurrent => concurrent(options, &mut report),
+        Kind::Concurrent | Kind::PastTheLimit => concurrent(options, &mut report, expected),
+        Kind::Many => many(options, &mut report)?,
         Kind::MadeBefore => {
             let sockets: Vec<Socket> = (0..options.attempts)
                 .map(|_| stream(options.to, Protocol::TCP))
@@ -177,7 +189,36 @@ fn once(kind: Kind, options: &ConnectOptions) -> io::Result<()> {
             socket.bind_device(Some(b"eth0"))?;
             connected(socket)?
         }
-        Kind::BoundDeviceLate => deferred(&|socket| socket.bind_device(Some(b"eth0")))?,
+        Kind::BoundDeviceRetransmit => {
+            let socket = tcp()?;
+            socket.set_nonblocking(true)?;
+            match socket.connect(&target) {
+                Err(error) if error.raw_os_error() == Some(EINPROGRESS) => {}
+                Ok(()) => return Err(io::Error::other("the first SYN was answered")),
+                Err(error) => return Err(error),
+            }
+            let start = Instant::now();
+            socket.bind_device(Some(b"eth0"))?;
+            let mut events = [PollFd::new(&socket, PollFlags::OUT)];
+            if poll(
+                &mut events,
+                Some(&LIMIT.try_into().map_err(io::Error::other)?),
+            )? == 0
+            {
+                return Err(ErrorKind::TimedOut.into());
+            }
+            match socket.take_error()? {
+                Some(error) => return Err(error),
+                // RFC 6298 (2.1): a SYN is sent again after a second.
+                None if start.elapsed() < Duration::from_millis(500) => {
+                    return Err(io::Error::other("no SYN was lost"));
+                }
+                None => socket,
+            }
+        }
+        Kind::BoundDeviceLate | Kind::BoundDeviceUnprivileged => {
+            deferred(&|socket| socket.bind_device(Some(b"eth0")))?
+        }
         Kind::Marked => {
             let socket = tcp()?;
             socket.set_mark(APP_MARK)?;
@@ -218,7 +259,18 @@ fn once(kind: Kind, options: &ConnectOptions) -> io::Result<()> {
             let thread = std::thread::spawn(moved);
             return thread.join().map_err(|_| ErrorKind::Other)?;
         }
-        Kind::Passed => connected(passed(tcp()?)?)?,
+        Kind::ToClosedPort => {
+            let start = Instant::now();
+            let refused = connected(tcp()?).and_then(|socket| talk(socket, to));
+            if start.elapsed() > SOON {
+                return Err(io::Error::other(format!(
+                    "told after {:?}",
+                    start.elapsed()
+                )));
+            }
+            return refused;
+        }
+        Kind::Passed => connected(passed(to)?)?,
         _ => connected(tcp()?)?,
     };
     talk(socket, to)
@@ -245,24 +297,21 @@ fn reused(to: SocketAddr) -> io::Result<()> {
     Ok(())
 }
 
-/// Through SCM_RIGHTS, to the other end of a pair and out again.
-fn passed(socket: Socket) -> io::Result<Socket> {
+/// Made by another process, which ends then: it comes through SCM_RIGHTS.
+fn passed(to: SocketAddr) -> io::Result<Socket> {
     let (near, far) = std::os::unix::net::UnixStream::pair()?;
-    let giver = std::thread::spawn(move || -> io::Result<()> {
-        let descriptors = [socket.as_fd()];
-        let mut space = [std::mem::MaybeUninit::uninit(); 64];
-        let mut control = SendAncillaryBuffer::new(&mut space);
-        control.push(SendAncillaryMessage::ScmRights(&descriptors));
-        let bytes = [IoSlice::new(b"x")];
-        sendmsg(&near, &bytes, &mut control, SendFlags::empty())?;
-        Ok(())
-    });
-    giver.join().map_err(|_| ErrorKind::Other)??;
+    let status = Command::new(std::env::current_exe()?)
+        .args(["give", "--to", &to.to_string()])
+        .stdin(OwnedFd::from(far))
+        .status()?;
+    if !status.success() {
+        return Err(io::Error::other(format!("the giver: {status}")));
+    }
     let mut space = [std::mem::MaybeUninit::uninit(); 64];
     let mut control = RecvAncillaryBuffer::new(&mut space);
     let mut byte = [0];
     let mut bytes = [IoSliceMut::new(&mut byte)];
-    recvmsg(&far, &mut bytes, &mut control, RecvFlags::empty())?;
+    recvmsg(&near, &mut bytes, &mut control, RecvFlags::empty())?;
     for message in control.drain() {
         if let RecvAncillaryMessage::ScmRights(mut descriptors) = message {
             let got: Option<OwnedFd> = descriptors.next();
@@ -270,6 +319,18 @@ fn passed(socket: Socket) -> io::Result<Socket> {
         }
     }
     Err(ErrorKind::InvalidData.into())
+}
+
+/// Makes a socket, and gives it to whoever is at the other end of stdin.
+pub fn give(to: SocketAddr) -> io::Result<()> {
+    let socket = stream(to, Protocol::TCP)?;
+    let descriptors = [socket.as_fd()];
+    let mut space = [std::mem::MaybeUninit::uninit(); 64];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    control.push(SendAncillaryMessage::ScmRights(&descriptors));
+    let bytes = [IoSlice::new(b"x")];
+    sendmsg(io::stdin(), &bytes, &mut control, SendFlags::empty())?;
+    Ok(())
 }
 
 /// A line there and back, the true peer, and an end in order.
@@ -326,8 +387,42 @@ fn over_io_uring(to: SocketAddr) -> io::Result<()> {
     })
 }
 
+/// Several at a time, each closed before its successor. Those that are not done within the minute are wrong.
+fn many(options: &ConnectOptions, report: &mut ConnectReport) -> io::Result<()> {
+    let start = Instant::now();
+    let share = options.attempts.div_ceil(AT_A_TIME);
+    let workers: Vec<_> = (0..AT_A_TIME)
+        .map(|index| {
+            let count = share.min(options.attempts.saturating_sub(index * share));
+            let options = options.clone();
+            std::thread::spawn(move || {
+                let mut own = ConnectReport::default();
+                for _ in 0..count {
+                    let outcome = once(Kind::Many, &options);
+                    let late = outcome.is_ok() && start.elapsed() > MINUTE;
+                    let outcome = if late {
+                        Err(ErrorKind::TimedOut.into())
+                    } else {
+                        outcome
+                    };
+                    own.add(outcome, Expected::Captured);
+                }
+                own
+            })
+        })
+        .collect();
+    for worker in workers {
+        let own = worker.join().map_err(|_| ErrorKind::Other)?;
+        report.attempts += own.attempts;
+        report.right += own.right;
+        report.refused += own.refused;
+        own.errors.into_iter().for_each(|error| report.note(error));
+    }
+    Ok(())
+}
+
 /// All open before the first is asked to answer a second time.
-fn concurrent(options: &ConnectOptions, report: &mut ConnectReport) {
+fn concurrent(options: &ConnectOptions, report: &mut ConnectReport, expected: Expected) {
     let mut open = Vec::new();
     for _ in 0..options.attempts {
         let made = (|| -> io::Result<TcpStream> {
@@ -339,7 +434,7 @@ fn concurrent(options: &ConnectOptions, report: &mut ConnectReport) {
         })();
         match made {
             Ok(stream) => open.push(stream),
-            Err(error) => report.add(Err(error), Expected::Captured),
+            Err(error) => report.add(Err(error), expected),
         }
     }
     for stream in &mut open {
@@ -356,6 +451,6 @@ fn concurrent(options: &ConnectOptions, report: &mut ConnectReport) {
                 Err(io::Error::other("wrong bytes"))
             }
         })();
-        report.add(outcome, Expected::Captured);
+        report.add(outcome, expected);
     }
 }

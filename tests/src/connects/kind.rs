@@ -28,6 +28,10 @@ pub enum Kind {
     BoundDevice,
     /// Bound to eth0 after a deferred connect.
     BoundDeviceLate,
+    /// The same by a process without any capability.
+    BoundDeviceUnprivileged,
+    /// Bound to eth0 while its SYN is under way for the second time.
+    BoundDeviceRetransmit,
     /// With a mark of the app's own, which it must keep.
     Marked,
     /// All marks taken off after a deferred connect.
@@ -58,10 +62,16 @@ pub enum Kind {
     ToLinkLocal,
     /// From a second address of the own pod: the mesh cannot vouch for it, and it must not pass.
     FromSecondary,
+    /// Where every SYN is answered with a cookie (`tcp_syncookies=2`).
+    SynCookies,
+    /// To a port of the mesh at which no app listens: it must be told so, and soon.
+    ToClosedPort,
     /// Closed by the client, again and again.
     Many,
     /// Open at once.
     Concurrent,
+    /// Open at once, more than one pod may have: those beyond are reset and counted.
+    PastTheLimit,
 }
 
 /// What must happen to a connection.
@@ -73,6 +83,8 @@ pub enum Expected {
     Native,
     /// It fails at once and reaches nobody.
     Refused,
+    /// It goes through the agents, or is reset and counted as one too many.
+    Bounded,
 }
 
 impl Kind {
@@ -83,7 +95,8 @@ impl Kind {
             Self::ToLoopback | Self::ToOwnAddress | Self::ToSecondary | Self::ToLinkLocal => {
                 Expected::Native
             }
-            Self::FromSecondary => Expected::Refused,
+            Self::FromSecondary | Self::ToClosedPort => Expected::Refused,
+            Self::PastTheLimit => Expected::Bounded,
             _ => Expected::Captured,
         }
     }

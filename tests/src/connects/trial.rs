@@ -6,22 +6,34 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use clap::ValueEnum;
 use serde::Serialize;
 
 use super::client::ConnectReport;
 use super::kind::{Expected, Kind};
 use crate::figures::Figures;
 use crate::lab::{Binaries, Lab, PodHandle, PodSpec, ServiceSpec, Side, Traffic};
+use crate::metrics::Metrics;
 use crate::process::Process;
 use crate::traffic::{ServeOptions, ServerReport};
 use crate::{interrupt, wait};
 
 const ECHO: u16 = 7000;
+/// Nobody listens there.
+const CLOSED: u16 = 7009;
 const SETTLE: Duration = Duration::from_secs(20);
 /// A second address that nothing but the pod knows.
 const SECONDARY: [&str; 2] = ["10.241.200.7", "fd00:10:241::c8:7"];
-const LINK_LOCAL: &str = "fe80::7";
+const LINK_LOCAL: [&str; 2] = ["169.254.7.7", "fe80::7"];
+/// What containerd leaves a process that asks for nothing: nothing.
+const UNPRIVILEGED: [&str; 2] = ["--bounding-set=-all", "--inh-caps=-all"];
+/// Every other SYN from here to the mesh is lost.
+const LOSE_SYNS: &str = "table inet lossy { chain out { type filter hook output priority filter;
+    tcp dport 80 tcp flags & (syn|ack) == syn numgen inc mod 2 0 drop
+    }
+    }";
+/// Connections of one pod that are served at once, where a process may hold 20,000 descriptors.
+const PROMISED: u64 = 9_000;
+const FULL: (&str, &str) = ("event", "pod_full");
 
 /// How much is tried.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -55,16 +67,19 @@ pub struct KindResult {
     pub errors: Vec<String>,
 }
 
-/// Runs all kinds. `report` hears of each as soon as it is known.
+/// Runs these kinds. `report` hears of each as soon as it is known.
 pub fn run(
     binaries: Option<Binaries>,
     extent: Extent,
+    kinds: &[Kind],
     mut report: impl FnMut(&KindResult),
 ) -> Result<Vec<KindResult>> {
     let mut builder = Lab::builder()
         .pod(PodSpec::new("client").on(Side::A).strict())
         .pod(PodSpec::new("far").on(Side::B).strict())
-        .service(ServiceSpec::new("far").port(80, ECHO))
+        .pod(PodSpec::new("near").on(Side::A).strict())
+        .service(ServiceSpec::new("near").port(80, ECHO))
+        .service(ServiceSpec::new("far").port(80, ECHO).port(81, CLOSED))
         .service(ServiceSpec::new("client").port(80, ECHO))
         .without_agents();
     if let Some(binaries) = binaries {
@@ -75,7 +90,7 @@ pub fn run(
     let early = trial.make_sockets_early()?;
     lab.start_mesh()?;
     let mut results = Vec::new();
-    for kind in Kind::value_variants() {
+    for kind in kinds {
         for to in trial.targets(*kind)? {
             interrupt::check()?;
             let result = trial.one(*kind, to, extent, &early)?;
@@ -91,6 +106,7 @@ struct Trial<'a> {
     client: PodHandle,
     program: String,
     far: Traffic<ServerReport>,
+    near: Traffic<ServerReport>,
     own: Traffic<ServerReport>,
 }
 
@@ -113,12 +129,14 @@ impl<'a> Trial<'a> {
         netns.ip(&[
             format!("addr add {v4}/32 dev eth0"),
             format!("addr add {v6}/128 dev eth0 nodad"),
-            format!("addr add {LINK_LOCAL}/64 dev eth0 nodad"),
+            format!("addr add {}/32 dev eth0 scope link", LINK_LOCAL[0]),
+            format!("addr add {}/64 dev eth0 nodad", LINK_LOCAL[1]),
         ])?;
         Ok(Self {
             lab,
             program: program(lab),
             far: far.serve(ServeOptions::new().echo(ECHO))?,
+            near: lab.pod("near")?.serve(ServeOptions::new().echo(ECHO))?,
             own: client.serve(ServeOptions::new().echo(ECHO))?,
             client,
         })
@@ -160,9 +178,16 @@ impl<'a> Trial<'a> {
             Kind::ToSecondary => vec![own(SECONDARY[0])?, own(SECONDARY[1])?],
             Kind::ToLinkLocal => {
                 let scope = self.eth0_index()?;
-                let address = LINK_LOCAL.parse()?;
-                vec![std::net::SocketAddrV6::new(address, ECHO, 0, scope).into()]
+                let address = LINK_LOCAL[1].parse()?;
+                let v6 = std::net::SocketAddrV6::new(address, ECHO, 0, scope).into();
+                vec![own(LINK_LOCAL[0])?, v6]
             }
+            // Between nodes the tunnels to one pod have a bound of their own, which is met before.
+            Kind::PastTheLimit => vec![
+                self.lab.service("near", 80)?,
+                self.lab.service6("near", 80)?,
+            ],
+            Kind::ToClosedPort => vec![self.lab.service("far", 81)?, self.lab.service6("far", 81)?],
             Kind::Hairpin => vec![
                 self.lab.service("client", 80)?,
                 self.lab.service6("client", 80)?,
@@ -185,7 +210,13 @@ impl<'a> Trial<'a> {
             (Kind::PortReuse, Extent::Quick) => 1,
             (Kind::PortReuse, Extent::Full) => 5,
             (Kind::Many, Extent::Quick) => 1_000,
-            (Kind::Many, Extent::Full) => 30_000,
+            // In a minute: with TIME_WAIT, ports would last for half of them.
+            (Kind::Many, Extent::Full) => 60_000,
+            // Each takes a second, and so on.
+            (Kind::BoundDeviceRetransmit, Extent::Quick) => 2,
+            (Kind::BoundDeviceRetransmit, Extent::Full) => 20,
+            // More than a process with 20,000 descriptors may serve of one pod.
+            (Kind::PastTheLimit, _) => 10_200,
             (Kind::Concurrent, Extent::Quick) => 300,
             (Kind::Concurrent, Extent::Full) => 9_000,
             (_, Extent::Quick) => 10,
@@ -207,14 +238,17 @@ impl<'a> Trial<'a> {
         } else {
             1
         };
-        let accepted =
-            || -> Result<u64> { Ok(self.far.report()?.accepted + self.own.report()?.accepted) };
+        let accepted = || -> Result<u64> {
+            let mut servers = [&self.far, &self.near, &self.own].into_iter();
+            servers.try_fold(0, |sum, server| Ok(sum + server.report()?.accepted))
+        };
         let log = self.lab.node(Side::A)?.agent().log();
         let (before, accepted_before, logged) = (
             Figures::read(self.lab)?,
             accepted()?,
             fs::metadata(&log)?.len(),
         );
+        let full_before = self.full()?;
         let seen = self.make(kind, to, attempts, early)?;
         let expected = kind.expected();
         let wanted = u64::from(attempts) * each;
@@ -242,6 +276,14 @@ impl<'a> Trial<'a> {
             ),
             Expected::Native => (exact(server).min(none(agents)), "native"),
             Expected::Refused => (none(server), "refused"),
+            // Whoever was refused was counted, whoever was not got through, and the bound was met.
+            Expected::Bounded => {
+                let counted = self.full()?.saturating_sub(full_before);
+                let answered = wanted.saturating_sub(seen.refused);
+                let met = seen.refused > 0 && answered >= PROMISED && server >= answered;
+                let right = answered + seen.refused.min(counted);
+                (if met { right.min(seen.right) } else { 0 }, "bounded")
+            }
         };
         let family = if to.is_ipv4() || kind == Kind::V4Mapped {
             "v4"
@@ -292,8 +334,38 @@ impl<'a> Trial<'a> {
             let tools = self.lab.node(Side::A)?.place().cgroup;
             arguments.extend(["--cgroup".to_owned(), tools.path().display().to_string()]);
         }
-        let output = self.client.run(&self.program, &arguments)?;
+        let netns = self.client.place().netns;
+        let output = match kind {
+            Kind::BoundDeviceUnprivileged => {
+                let words = UNPRIVILEGED.map(str::to_owned).into_iter();
+                let words = words.chain([self.program.clone()]).chain(arguments);
+                self.client.run("setpriv", &words.collect::<Vec<_>>())
+            }
+            Kind::BoundDeviceRetransmit => {
+                netns.feed(&["nft", "-f", "-"], LOSE_SYNS)?;
+                let output = self.client.run(&self.program, &arguments);
+                netns.feed(&["nft", "-f", "-"], "delete table inet lossy")?;
+                output
+            }
+            Kind::SynCookies => {
+                netns.sysctl(&[("ipv4/tcp_syncookies", "2")])?;
+                let output = self.client.run(&self.program, &arguments);
+                netns.sysctl(&[("ipv4/tcp_syncookies", "1")])?;
+                output
+            }
+            _ => self.client.run(&self.program, &arguments),
+        }?;
         serde_json::from_str(&output).context(output)
+    }
+
+    /// Connections that either agent refused because their pod had as many as it may have.
+    fn full(&self) -> Result<u64> {
+        let mut sum = 0;
+        for side in Side::ALL {
+            let metrics = Metrics::parse(&self.lab.node(side)?.agent().metrics()?);
+            sum += metrics.count("undermesh_capture_events_total", &[FULL]);
+        }
+        Ok(sum)
     }
 }
 

@@ -9,11 +9,13 @@ use nix::sys::socket::{setsockopt, sockopt};
 use serde::{Deserialize, Serialize};
 use socket2::{Domain, Protocol, Socket, Type};
 
+use super::raw;
+
 /// Longer than any answer takes that comes.
-const PATIENCE: Duration = Duration::from_millis(500);
+pub(super) const PATIENCE: Duration = Duration::from_millis(500);
 /// Content type of a TLS record that says no.
 const TLS_ALERT: u8 = 21;
-const LINE: &[u8] = b"intruder\n";
+pub(super) const LINE: &[u8] = b"intruder\n";
 
 /// What is tried.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -35,6 +37,10 @@ pub enum Attack {
     Tunnel,
     /// Sends SYNs with random sources for `--seconds`.
     Flood,
+    /// Makes whole connections out of raw packets, from `--source`, which nobody has, over `--device`.
+    Forge,
+    /// Binds every ephemeral port at `--source`, then speaks from others, and holds on for `--seconds`.
+    Exhaust,
     /// Opens `--attempts` connections and holds them for `--seconds`.
     Hoard,
 }
@@ -77,7 +83,7 @@ pub struct AttackReport {
 }
 
 impl AttackReport {
-    fn add(&mut self, outcome: io::Result<bool>) {
+    pub(super) fn add(&mut self, outcome: io::Result<bool>) {
         self.attempts += 1;
         match outcome {
             Ok(true) => self.succeeded += 1,
@@ -99,7 +105,9 @@ pub fn run(options: &AttackOptions) -> io::Result<AttackReport> {
         Attack::Join => join(&mut report)?,
         Attack::Knock => knock(options, &mut report)?,
         Attack::Listen => listen(options, &mut report)?,
-        Attack::Flood => flood(options, &mut report)?,
+        Attack::Flood => raw::flood(options, &mut report)?,
+        Attack::Forge => raw::forge(options, &mut report)?,
+        Attack::Exhaust => exhaust(options, &mut report)?,
         Attack::Hoard => hoard(options, &mut report),
     }
     Ok(report)
@@ -246,59 +254,6 @@ fn listen(options: &AttackOptions, report: &mut AttackReport) -> io::Result<()> 
     Ok(())
 }
 
-/// Raw SYNs. Success here is only that they were sent; what they do is measured elsewhere.
-fn flood(options: &AttackOptions, report: &mut AttackReport) -> io::Result<()> {
-    let (IpAddr::V4(to), port) = (options.to.ip(), options.to.port()) else {
-        return Err(ErrorKind::InvalidInput.into());
-    };
-    let raw = Protocol::from(255);
-    let socket = Socket::new(Domain::IPV4, Type::RAW, Some(raw))?;
-    let end = Instant::now() + Duration::from_secs(options.seconds);
-    let mut state = u64::from(std::process::id()) | 1;
-    while Instant::now() < end {
-        // As many as a container may send in a burst, with a rest in which the machine can do its work.
-        for _ in 0..50 {
-            // xorshift64: spread, not secret.
-            state ^= state << 13;
-            state ^= state >> 7;
-            state ^= state << 17;
-            let [a, b, c, d, e, ..] = state.to_le_bytes();
-            let source = Ipv4Addr::new(198, 18 + (a & 1), b, c);
-            let packet = syn(source, to, u16::from_le_bytes([d, e]) | 1024, port);
-            report.attempts += 1;
-            report.succeeded += u64::from(socket.send_to(&packet, &options.to.into()).is_ok());
-        }
-        std::thread::sleep(Duration::from_millis(10));
-    }
-    Ok(())
-}
-
-fn syn(source: Ipv4Addr, to: Ipv4Addr, from_port: u16, port: u16) -> Vec<u8> {
-    let mut tcp = Vec::new();
-    tcp.extend(from_port.to_be_bytes());
-    tcp.extend(port.to_be_bytes());
-    tcp.extend([0, 0, 0, 1, 0, 0, 0, 0, 0x50, 0x02, 0xff, 0xff, 0, 0, 0, 0]);
-    let mut pseudo: Vec<u8> = [source.octets(), to.octets(), [0, 6, 0, 20]].concat();
-    pseudo.extend(&tcp);
-    let sum = checksum(&pseudo).to_be_bytes();
-    tcp[16..18].copy_from_slice(&sum);
-    let mut packet = vec![0x45, 0, 0, 40, 0, 0, 0x40, 0, 64, 6, 0, 0];
-    packet.extend(source.octets());
-    packet.extend(to.octets());
-    packet.extend(tcp);
-    packet
-}
-
-fn checksum(bytes: &[u8]) -> u16 {
-    let sum: u32 = bytes
-        .chunks(2)
-        .map(|pair| u32::from(u16::from_be_bytes([pair[0], pair[1]])))
-        .sum();
-    let folded = (sum & 0xffff) + (sum >> 16);
-    let folded = (folded & 0xffff) + (folded >> 16);
-    !u16::try_from(folded).unwrap_or(u16::MAX)
-}
-
 fn hoard(options: &AttackOptions, report: &mut AttackReport) {
     let mut open = Vec::new();
     for _ in 0..options.attempts {
@@ -316,16 +271,44 @@ fn hoard(options: &AttackOptions, report: &mut AttackReport) {
     std::thread::sleep(Duration::from_secs(options.seconds));
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_forged_syn_has_a_right_checksum() {
-        let (source, to) = (Ipv4Addr::new(198, 18, 1, 2), Ipv4Addr::new(10, 0, 0, 1));
-        let packet = syn(source, to, 4000, 80);
-        let mut pseudo: Vec<u8> = [source.octets(), to.octets(), [0, 6, 0, 20]].concat();
-        pseudo.extend(&packet[20..]);
-        assert_eq!(checksum(&pseudo), 0);
+/// Nobody in the namespace can have an ephemeral port then, be it for a connection of the app's or of somebody
+/// who dials on its behalf. The app's own connections come from ports below the range.
+fn exhaust(options: &AttackOptions, report: &mut AttackReport) -> io::Result<()> {
+    const FIRST: u16 = 20_000;
+    let source = options.source.ok_or(ErrorKind::InvalidInput)?;
+    let range = std::fs::read_to_string("/proc/sys/net/ipv4/ip_local_port_range")?;
+    let bounds: Vec<u16> = range
+        .split_whitespace()
+        .filter_map(|word| word.parse().ok())
+        .collect();
+    let [first, last] = bounds[..] else {
+        return Err(ErrorKind::InvalidData.into());
+    };
+    let mut open = Vec::new();
+    for port in first..=last {
+        let socket = stream(options.to)?;
+        // One that is taken already is as good.
+        if socket.bind(&SocketAddr::new(source, port).into()).is_ok() {
+            open.push(socket);
+        }
     }
+    for port in (FIRST..first).take(options.attempts as usize) {
+        report.add((|| {
+            let socket = stream(options.to)?;
+            socket.bind(&SocketAddr::new(source, port).into())?;
+            socket.connect_timeout(&options.to.into(), PATIENCE)?;
+            let mut stream = TcpStream::from(socket);
+            stream.write_all(LINE)?;
+            echoed(&mut stream)
+        })());
+    }
+    println!(
+        "held {} ports, {} of {} connections failed: {}",
+        open.len(),
+        report.attempts - report.succeeded,
+        report.attempts,
+        report.met
+    );
+    std::thread::sleep(Duration::from_secs(options.seconds));
+    Ok(())
 }

@@ -57,6 +57,7 @@ pub struct PodSpec {
     mesh: Mesh,
     labels: BTreeMap<String, String>,
     ports: Vec<(String, u16)>,
+    probes: BTreeMap<String, Value>,
     command: Vec<String>,
     v4_only: bool,
 }
@@ -73,6 +74,7 @@ impl PodSpec {
             mesh: Mesh::Default,
             labels: [("app".to_owned(), name.to_owned())].into(),
             ports: Vec::new(),
+            probes: BTreeMap::new(),
             command: Vec::new(),
             v4_only: false,
         }
@@ -134,6 +136,13 @@ impl PodSpec {
         self
     }
 
+    /// With a probe of its container, such as `readinessProbe` and `{"tcpSocket": {"port": 80}}`.
+    #[must_use]
+    pub fn probe(mut self, kind: &str, probe: Value) -> Self {
+        self.probes.insert(kind.to_owned(), probe);
+        self
+    }
+
     /// Runs this as soon as the lab stands.
     #[must_use]
     pub fn command(mut self, command: &[&str]) -> Self {
@@ -165,6 +174,9 @@ impl PodSpec {
         let mut container = json!({"name": "app", "image": "none"});
         if !ports.is_empty() {
             container["ports"] = ports.into();
+        }
+        for (kind, probe) in &self.probes {
+            container[kind] = probe.clone();
         }
         if !self.command.is_empty() {
             container["command"] = self.command.clone().into();

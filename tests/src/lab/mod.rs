@@ -2,6 +2,7 @@
 
 mod authority;
 mod builder;
+mod endpoints;
 mod network;
 mod node;
 mod plan;
@@ -14,6 +15,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::Path;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use nix::mount::{MsFlags, mount};
@@ -186,6 +188,28 @@ impl Lab {
         Ok(())
     }
 
+    /// Ends a pod and gives its addresses to a new one on the same node, as fast as that can be done. `meanwhile`
+    /// runs when the new pod has its network and nobody was told yet: agents, CA and kube-proxy still know the
+    /// former. It is handed the new pod, and how long nobody had the addresses.
+    pub fn replace_pod<T>(
+        &self,
+        former: &str,
+        heir: &PodSpec,
+        meanwhile: impl FnOnce(&PodHandle, Duration) -> Result<T>,
+    ) -> Result<T> {
+        let (former, heir, gap) = self.lock().pass_on(former, heir.to_document())?;
+        let heir = PodHandle::new(heir, self.state().binaries);
+        let outcome = meanwhile(&heir, gap)?;
+        let mut inner = self.lock();
+        inner
+            .plan
+            .remove_object("Pod", &former.namespace, &former.name);
+        inner.publish()?;
+        Cgroup::at(&former.cgroup).remove()?;
+        fs::remove_dir_all(&former.dir)?;
+        Ok(outcome)
+    }
+
     /// Adds an object to the manifests, or replaces it. Not for pods and Services.
     pub fn put(&self, document: Value) -> Result<()> {
         let kind = manifests::kind(&document);
@@ -202,6 +226,15 @@ impl Lab {
         agent.wait_ready(&mut process)?;
         self.lock().agents.insert(side.node().to_owned(), process);
         Ok(())
+    }
+
+    /// Lets a successor take over from the agent of a node. Gives back the old one, which drains.
+    pub fn take_over(&self, side: Side) -> Result<Process> {
+        let agent = self.node(side)?.agent();
+        let mut successor = agent.spawn_successor(&self.agent_arguments, &self.environment)?;
+        agent.wait_succeeded(&mut successor)?;
+        let old = self.lock().agents.insert(side.node().to_owned(), successor);
+        old.context("the agent was not started by this lab")
     }
 
     /// Ends the agent of a node: SIGTERM to let it finish, SIGKILL not to.
@@ -317,6 +350,23 @@ impl Inner {
         }
         self.publish()?;
         Ok(pods)
+    }
+
+    /// The network of one pod goes, that of another comes with the same addresses.
+    fn pass_on(&mut self, former: &str, heir: Value) -> Result<(PodRecord, PodRecord, Duration)> {
+        let former = self.state.pod(former)?.clone();
+        let heir = self.plan.add_heir(heir, &former)?;
+        ensure!(heir.node == former.node, "{} is of another node", heir.name);
+        fs::create_dir_all(&heir.dir)?;
+        Cgroup::create(&heir.cgroup)?;
+        Cgroup::at(&former.cgroup).kill()?;
+        let node = self.state.node(&former.node)?;
+        network::disconnect_pod(node, &former)?;
+        let gone = Instant::now();
+        network::connect_pod(node, &heir)?;
+        let gap = gone.elapsed();
+        network::settle(&Netns::at(&heir.netns))?;
+        Ok((former, heir, gap))
     }
 
     fn publish(&mut self) -> Result<()> {

@@ -1,11 +1,13 @@
 //! A node, and the agent on it.
 
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use nix::sys::signal::{Signal, kill};
+use nix::sys::socket::{getsockopt, sockopt};
 use nix::unistd::Pid;
 use serde_json::Value;
 
@@ -130,6 +132,8 @@ impl Agent {
             ("--ca-address", Authority::address().to_string()),
             ("--ca-root", path(authority.root_file())),
             ("--ca-token-file", path(record.dir.join("token"))),
+            ("--hand-over-socket", path(self.hand_over_socket())),
+            ("--admin-socket", path(record.dir.join("control/socket"))),
         ]
         .into_iter()
         .fold(vec!["agent".to_owned()], |mut arguments, (name, value)| {
@@ -152,6 +156,35 @@ impl Agent {
         command.envs(environment.iter().map(|(name, value)| (name, value)));
         let name = format!("agent of {}", self.node.record.name);
         Process::start(&name, command, &self.log())
+    }
+
+    /// Where a successor takes it over.
+    #[must_use]
+    pub fn hand_over_socket(&self) -> PathBuf {
+        self.place.dir.join("hand-over")
+    }
+
+    /// Starts a successor beside the agent that runs.
+    pub fn spawn_successor(
+        &self,
+        more: &[String],
+        environment: &[(String, String)],
+    ) -> Result<Process> {
+        self.pid()?.context("the agent does not run")?;
+        let program = self.node.state.binaries.agent.display().to_string();
+        let mut command = self.place.detached(&program);
+        command.args(self.arguments()).arg("--take-over").args(more);
+        command.envs(environment.iter().map(|(name, value)| (name, value)));
+        let name = format!("successor of {}", self.node.record.name);
+        Process::start(&name, command, &self.log())
+    }
+
+    /// Waits until `process` is the agent that a successor would find, and ready.
+    pub fn wait_succeeded(&self, process: &mut Process) -> Result<()> {
+        let (pid, path) = (process.pid(), self.hand_over_socket());
+        let what = format!("{} to have taken over", process.name());
+        process.until(&what, READY, |_| Ok(listener_pid(&path)? == pid))?;
+        self.wait_ready(process)
     }
 
     /// Waits until it says that it is ready; `process` is the one that was started.
@@ -207,4 +240,10 @@ impl Agent {
     pub fn metrics(&self) -> Result<String> {
         http::get(&self.place.netns, self.metrics_address(), "/metrics", "*/*")?.success()
     }
+}
+
+/// The process that listens at a unix socket.
+fn listener_pid(path: &Path) -> Result<i32> {
+    let socket = UnixStream::connect(path)?;
+    Ok(getsockopt(&socket, sockopt::PeerCredentials)?.pid())
 }

@@ -1,29 +1,34 @@
 //! The client.
 
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
-use tokio::net::{TcpStream, UdpSocket};
+use tokio::net::{TcpSocket, TcpStream, UdpSocket};
 use tokio::signal::unix::{SignalKind, signal};
 
 use super::control;
 use super::options::{ClientOptions, Kind};
 use super::payload::Pattern;
 use super::report::{ClientReport, Failure, Latencies};
-use super::serve::{BANNER, Exchange};
+use super::serve::{BANNER, DIRECT, Exchange, PROXIED};
 
 const BUFFER: usize = 64 * 1024;
+/// Of clients that say where they come from.
+const OWN_PORTS: Range<u16> = 10_000..32_768;
 
 #[derive(Debug, Default)]
 struct Counts {
     report: ClientReport,
     connect: Latencies,
     operation: Latencies,
+    /// When a connection last did all it should.
+    last: Option<Instant>,
 }
 
 #[derive(Debug)]
@@ -84,6 +89,20 @@ pub(super) fn at_most(left: u64, bound: usize) -> usize {
     usize::try_from(left).map_or(bound, |left| left.min(bound))
 }
 
+/// Connects from a port below `ip_local_port_range`, in turn: a proxy's socket in the same namespace gets its
+/// port from that range, and could by chance have the client's own, which would look like no proxy.
+async fn connect_from_own_port(number: u64, to: SocketAddr) -> io::Result<TcpStream> {
+    let count = u64::try_from(OWN_PORTS.len()).unwrap_or(u64::MAX);
+    let port = OWN_PORTS.start + u16::try_from(number % count).unwrap_or(0);
+    let (socket, any) = match to {
+        SocketAddr::V4(_) => (TcpSocket::new_v4()?, IpAddr::from(Ipv4Addr::UNSPECIFIED)),
+        SocketAddr::V6(_) => (TcpSocket::new_v6()?, IpAddr::from(Ipv6Addr::UNSPECIFIED)),
+    };
+    socket.set_reuseaddr(true)?;
+    socket.bind((any, port).into())?;
+    socket.connect(to).await
+}
+
 impl Client {
     fn lock(&self) -> MutexGuard<'_, Counts> {
         self.counts.lock().unwrap_or_else(PoisonError::into_inner)
@@ -120,7 +139,14 @@ impl Client {
             {
                 let mut counts = self.lock();
                 match outcome {
-                    Ok(()) => counts.report.ok += 1,
+                    Ok(()) => {
+                        counts.report.ok += 1;
+                        let last = counts.last.replace(Instant::now());
+                        let gap = last.map_or(0, |last| last.elapsed().as_millis());
+                        let longest = counts.report.longest_gap_ms;
+                        counts.report.longest_gap_ms =
+                            longest.max(u64::try_from(gap).unwrap_or(u64::MAX));
+                    }
                     Err(error) => counts
                         .report
                         .fail(Failure::from(&error), format!("#{number} to {to}: {error}")),
@@ -138,7 +164,10 @@ impl Client {
         }
         self.lock().report.attempted += 1;
         let start = Instant::now();
-        let stream = TcpStream::connect(to).await?;
+        let stream = match self.options.kind {
+            Kind::Origin => connect_from_own_port(number, to).await?,
+            _ => TcpStream::connect(to).await?,
+        };
         let elapsed = start.elapsed();
         let (local, peer) = (stream.local_addr()?, stream.peer_addr()?);
         {
@@ -153,6 +182,7 @@ impl Client {
             Kind::Echo => self.round_trips(stream, seed, &[]).await,
             Kind::Banner => self.round_trips(stream, seed, BANNER).await,
             Kind::Exchange => self.exchange(stream, seed).await,
+            Kind::Origin => self.origin(stream).await,
             Kind::EarlyClose => self.early_close(stream).await,
         }
     }
@@ -215,6 +245,22 @@ impl Client {
         };
         tokio::try_join!(send, receive)?;
         self.lock().operation.record(start.elapsed());
+        Ok(())
+    }
+
+    /// The marker first: in the clear on a wire it shows that nothing encrypted it.
+    async fn origin(&self, mut stream: TcpStream) -> io::Result<()> {
+        let line = format!("{} {}\n", self.options.marker, stream.local_addr()?);
+        stream.write_all(line.as_bytes()).await?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await?;
+        let mut counts = self.lock();
+        match answer.as_str() {
+            DIRECT => counts.report.direct += 1,
+            PROXIED => counts.report.proxied += 1,
+            "" => return Err(io::ErrorKind::UnexpectedEof.into()),
+            _ => return Err(io::ErrorKind::InvalidData.into()),
+        }
         Ok(())
     }
 

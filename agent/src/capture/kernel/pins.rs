@@ -12,6 +12,9 @@ use undermesh_common::LAYOUT;
 use super::KernelError;
 use crate::capture::sys::{self, AttachType, LinkInfo};
 
+/// Begin of the names of links, in every layout.
+const LINK: &str = "link_";
+
 /// A directory of pins. No dot in a pin's name: bpffs refuses it.
 pub(super) struct Pins {
     root: PathBuf,
@@ -73,34 +76,58 @@ impl Pins {
         &self.directory
     }
 
-    /// Attaches a program and pins the link. A link that a former agent pinned gets the new program
-    /// in place of the old one, without a moment between; one whose target is gone, or another,
-    /// makes way for a new one.
+    /// Attaches a program and pins the link. A link that a former agent pinned, of whatever layout, gets
+    /// the new program in place of the old one, without a moment between; one whose target is gone,
+    /// or another, makes way for a new one.
     pub(super) fn attach(
         &self,
         name: &str,
         program: BorrowedFd<'_>,
         target: &Target<'_>,
         kind: AttachType,
-    ) -> Result<(), io::Error> {
+    ) -> io::Result<()> {
         let path = self.directory.join(name);
-        let former = match sys::open_pin(&path) {
-            Ok(link) => Some(link),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => None,
-            Err(error) => return Err(error),
-        };
-        if let Some(link) = &former
+        let former = self.former_link(name)?;
+        if let Some((link, at)) = &former
             && target.is_of(&sys::link_info(link.as_fd())?)?
             && sys::update_link(link.as_fd(), program).is_ok()
         {
+            if *at != path {
+                sys::pin(link.as_fd(), &path)?;
+                fs::remove_file(at)?;
+            }
             return Ok(());
         }
         // The new one first, so that there is always one.
         let link = sys::link(program, target.descriptor(), kind)?;
-        if former.is_some() {
-            fs::remove_file(&path)?;
+        if let Some((former, at)) = former {
+            // Its descriptor keeps it attached, unless it goes now.
+            drop(former);
+            fs::remove_file(&at)?;
         }
         sys::pin(link.as_fd(), &path)
+    }
+
+    /// A pinned link and its place: of this layout, else of another.
+    fn former_link(&self, name: &str) -> io::Result<Option<(OwnedFd, PathBuf)>> {
+        let former = self.former_layouts().unwrap_or_default();
+        for directory in [&self.directory].into_iter().chain(&former) {
+            let path = directory.join(name);
+            match sys::open_pin(&path) {
+                Ok(link) => return Ok(Some((link, path))),
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(None)
+    }
+
+    /// Whether programs of an agent of another layout are attached.
+    pub(super) fn has_former_links(&self) -> Result<bool, KernelError> {
+        let former = self.former_layouts()?;
+        Ok(former
+            .iter()
+            .any(|directory| !names(directory, LINK).is_empty()))
     }
 
     /// Detaches and removes the pin; that there is none is no error. The program is off when it
@@ -117,15 +144,7 @@ impl Pins {
 
     /// Names of the pins that begin so.
     pub(super) fn names(&self, prefix: &str) -> Vec<String> {
-        let Ok(entries) = fs::read_dir(&self.directory) else {
-            return Vec::new();
-        };
-        let mut names: Vec<_> = entries
-            .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
-            .filter(|name| name.starts_with(prefix))
-            .collect();
-        names.sort();
-        names
+        names(&self.directory, prefix)
     }
 
     /// Directories of other layouts: what an agent of another version left.
@@ -146,7 +165,7 @@ impl Pins {
             let path = entry.map_err(KernelError::file("read", directory))?.path();
             let is_link = path
                 .file_name()
-                .is_some_and(|name| name.as_encoded_bytes().starts_with(b"link_"));
+                .is_some_and(|name| name.as_encoded_bytes().starts_with(LINK.as_bytes()));
             if is_link {
                 detach(&path)?;
             } else {
@@ -155,6 +174,18 @@ impl Pins {
         }
         fs::remove_dir(directory).map_err(KernelError::file("remove", directory))
     }
+}
+
+fn names(directory: &Path, prefix: &str) -> Vec<String> {
+    let Ok(entries) = fs::read_dir(directory) else {
+        return Vec::new();
+    };
+    let mut names: Vec<_> = entries
+        .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
+        .filter(|name| name.starts_with(prefix))
+        .collect();
+    names.sort();
+    names
 }
 
 fn detach(path: &Path) -> Result<(), KernelError> {

@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use serde::Serialize;
 use undermesh_common::{LAYOUT, bounds};
 
-use super::{CGROUP_PROGRAMS, Kernel, KernelError, LOOKUP_PREFIX, maps::Maps};
+use super::{CGROUP_PROGRAMS, Kernel, KernelError, LOOKUP_PREFIX, ProbeCgroup, maps::Maps};
 use crate::capture::sys;
 
 /// Programs, maps, verdicts, features: what the kernel says at this moment, not what was asked.
@@ -27,6 +27,8 @@ pub struct KernelStatus {
     /// Programs of others on the same cgroup and hook: one that rewrites addresses sends captured
     /// connections astray.
     pub foreign_programs: Vec<ForeignProgram>,
+    /// Cgroups of which the processes may probe the pods, as they were found at the last look.
+    pub probe_cgroups: Vec<ProbeCgroup>,
     /// Our maps.
     pub maps: Vec<MapStatus>,
     /// How often each verdict was given, since the maps were made.
@@ -111,9 +113,13 @@ impl Kernel {
             former_layouts: self.pins.former_layouts().unwrap_or_default(),
             programs: self.programs(),
             foreign_programs: self.foreign_programs(),
+            probe_cgroups: self.maps.probes.seen(),
             maps: self.map_fill(),
             verdicts: self.counters().into_iter().collect(),
-            features: FEATURES.into_iter().chain([self.reach.feature()]).collect(),
+            features: FEATURES
+                .into_iter()
+                .chain([self.reach.lock().feature()])
+                .collect(),
         }
     }
 
@@ -185,14 +191,24 @@ impl Kernel {
             intents,
             admitted,
             listeners,
+            probes,
+            node_addresses,
             ..
         } = &self.maps;
+        let (ports, probers) = (&probes.ports, &probes.cgroups);
         vec![
             fill(pods.name(), pods.bound(), pods.keys()),
             fill(targets.name(), targets.bound(), targets.keys()),
             fill(intents.name(), intents.bound(), intents.keys()),
             fill(admitted.name(), admitted.bound(), admitted.keys()),
             fill("LISTENERS", bounds::LISTENERS, listeners.keys()),
+            fill(
+                node_addresses.name(),
+                node_addresses.bound(),
+                node_addresses.keys(),
+            ),
+            fill(ports.name(), ports.bound(), ports.keys()),
+            fill(probers.name(), probers.bound(), probers.keys()),
         ]
     }
 }

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use super::world::{LIMIT, Pod, Running, VIP, VIP6, World};
-use crate::capture::{Dial, DialError, Role};
+use crate::capture::{Dial, DialError, Full, Role};
 use crate::mesh::Mode;
 use crate::relay::close_in_order;
 
@@ -224,7 +224,11 @@ async fn a_delivery_goes_round_real_connections_that_nobody_told_it_of() {
         .run(move || TcpListener::bind(destination).unwrap());
     let mut real = Vec::new();
     for _ in 0..2 {
-        let stream = from.connect(Dial::Admitted(destination)).await.unwrap();
+        let admitted = Dial::Admitted {
+            destination,
+            netns_cookie: enrolled.netns_cookie(),
+        };
+        let stream = from.connect(admitted).await.unwrap();
         real.push((stream, app.accept().unwrap()));
     }
     // In three deliveries each port has its turn.
@@ -356,19 +360,75 @@ async fn a_pod_with_as_many_connections_as_it_may_have_gets_no_more() {
     let mut running = world.enrolled(Mode::Permissive).await;
     let pod = &world.pods[0];
     let enrolled = running.capture.enrolled(&pod.uid()).unwrap();
-    let all = u32::try_from(enrolled.permits().available_permits()).unwrap();
-    let permits = enrolled.permits().acquire_many(all).await.unwrap();
+    let mut slots = Vec::new();
+    let full = loop {
+        match enrolled.admit() {
+            Ok(slot) => slots.push(slot),
+            Err(full) => break full,
+        }
+    };
+    let event = match full {
+        Full::Pod => "pod_full",
+        // The limit of descriptors of whoever runs the tests decides which.
+        Full::Node | Full::Memory => "node_full",
+    };
+    let before = counted(&running, event);
     let result = joined(client(pod, VIP.parse().unwrap())).await;
     assert!(result.is_err(), "{result:?}");
-    assert_eq!(counted(&running, "pod_full"), 1);
+    assert_eq!(counted(&running, event), before + 1);
     // Inside a tunnel neither.
-    assert!(enrolled.admit().is_none());
-    assert_eq!(counted(&running, "pod_full"), 2);
+    assert_eq!(enrolled.admit().unwrap_err(), full);
+    assert_eq!(counted(&running, event), before + 2);
+    let status = running.status(pod).unwrap();
+    assert_eq!(status.refused[full.as_str()], before + 2);
     assert!(running.accepted.try_recv().is_err());
-    drop(permits);
-    assert!(enrolled.admit().is_some());
+    drop(slots);
+    assert!(enrolled.admit().is_ok());
     let _client = client(pod, VIP.parse().unwrap());
     running.next().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn while_memory_is_short_new_connections_are_reset_and_the_pod_stays_in_the_mesh() {
+    let world = World::new(1);
+    let mut running = world.enrolled(Mode::Strict).await;
+    let pod = &world.pods[0];
+    let first = client(pod, VIP.parse().unwrap());
+    let mut live = running.next().await.stream;
+    running.capture.tools.share.set_short_of_memory(true);
+    let result = joined(client(pod, VIP.parse().unwrap())).await;
+    assert!(result.is_err(), "{result:?}");
+    assert_eq!(counted(&running, "memory_short"), 1);
+    assert_eq!(running.status(pod).unwrap().refused["memory"], 1);
+    assert!(running.accepted.try_recv().is_err());
+    // What is live goes on, and the proof of capture needs no place.
+    let proven = |running: &Running| running.status(pod)?.proof.map(|proof| proof.at);
+    let before = proven(&running);
+    running
+        .until("the pod is verified", || {
+            (proven(&running) > before).then_some(())
+        })
+        .await;
+    live.read_exact(&mut [0; 5]).await.unwrap();
+    live.write_all(b"welcome").await.unwrap();
+    close_in_order(live);
+    assert_eq!(joined(first).await.unwrap().2, "welcome");
+    running.capture.tools.share.set_short_of_memory(false);
+    let _client = client(pod, VIP.parse().unwrap());
+    running.next().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_queues_of_a_pods_listeners_are_shown_with_their_room() {
+    let world = World::new(1);
+    let running = world.enrolled(Mode::Strict).await;
+    let backlogs = running.status(&world.pods[0]).unwrap().backlogs;
+    // Three for each family.
+    assert_eq!(backlogs.len(), 6);
+    for backlog in backlogs {
+        assert!(backlog.room > 0, "{backlog:?}");
+        assert_eq!(backlog.dropped, 0, "{backlog:?}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -412,6 +472,7 @@ async fn the_agents_own_connections_leave_from_the_pods_address_and_are_not_capt
         panic!("two pods");
     };
     let from = running.capture.enrolled(&client.uid()).unwrap();
+    let enrolled = running.capture.enrolled(&pod.uid()).unwrap();
     for (to, own) in [(pod.v4(15_008), client.v4), (pod.v6(15_008), client.v6)] {
         let stream = from.connect(Dial::Direct(to)).await.unwrap();
         let accepted = running.next().await;
@@ -422,12 +483,25 @@ async fn the_agents_own_connections_leave_from_the_pods_address_and_are_not_capt
     }
     for (to, own) in [(pod.v4(8080), client.v4), (pod.v6(8080), client.v6)] {
         let app = server(pod, to);
-        let stream = from.connect(Dial::Admitted(to)).await.unwrap();
+        let dial = |netns_cookie| Dial::Admitted {
+            destination: to,
+            netns_cookie,
+        };
+        let right = dial(enrolled.netns_cookie());
+        let stream = from.connect(right).await.unwrap();
         assert_eq!(converse(stream).await, "welcome");
         let (peer, _, _) = joined(app).await;
         assert_eq!(peer.ip(), own);
         // Nobody listens any more.
-        let error = from.connect(Dial::Admitted(to)).await.unwrap_err();
+        let error = from.connect(right).await.unwrap_err();
         assert!(matches!(error, DialError::Refused(_)), "{error:?}");
+        // The address went to another pod: whoever answers there hears nothing.
+        let app = pod.namespace.run(move || TcpListener::bind(to).unwrap());
+        let error = from.connect(dial(from.netns_cookie())).await.unwrap_err();
+        assert!(matches!(error, DialError::Misdirected(_)), "{error:?}");
+        let mut heard = Vec::new();
+        let end = app.accept().unwrap().0.read_to_end(&mut heard).unwrap_err();
+        assert_eq!(end.kind(), io::ErrorKind::ConnectionReset);
+        assert!(heard.is_empty());
     }
 }

@@ -241,6 +241,7 @@ pub fn workload(name: &str, netns: &Path, addresses: &[IpAddr], mode: Mode) -> W
         addresses: addresses.to_vec(),
         labels: Arc::default(),
         named_ports: Default::default(),
+        probe_ports: Default::default(),
         membership: Membership::Meshed(mode),
         ready: true,
         sandbox: Some(Sandbox {
@@ -332,6 +333,7 @@ impl World {
                 cgroup: self.cgroup.0.clone(),
                 pins: self.bpffs.0.path().join("undermesh"),
             },
+            probe_cgroups: Vec::new(),
         };
         Running {
             capture: Capture::start(options, Arc::new(Forward(sender))).unwrap(),

@@ -5,7 +5,9 @@ use std::sync::Arc;
 
 use super::super::object::{Kind, ObjectKey};
 use super::facts::Facts;
+use super::policies::Attachment;
 use crate::mesh::ObjectName;
+use crate::mesh::policy::PolicyId;
 use crate::mesh::route::RouteId;
 
 /// What has to be worked out anew.
@@ -22,6 +24,9 @@ pub(super) struct Dirty {
     /// Services whose routes are to be put together.
     pub(super) attached: BTreeSet<ObjectName>,
     pub(super) statuses: BTreeSet<RouteId>,
+    pub(super) policies: BTreeSet<PolicyId>,
+    /// What policies are to be attached to anew.
+    pub(super) attachments: BTreeSet<Attachment>,
 }
 
 impl Dirty {
@@ -47,8 +52,17 @@ impl Dirty {
             Kind::ReferenceGrant => {
                 self.grants.insert(key.name.namespace.clone());
             }
+            Kind::TrafficPolicy | Kind::XBackendTrafficPolicy => {
+                self.policies.extend(key.policy());
+                let targets = facts
+                    .policy()
+                    .into_iter()
+                    .flat_map(|policy| &policy.targets);
+                self.attachments.extend(targets.map(Attachment::from));
+            }
             Kind::GrpcRoute | Kind::HttpRoute | Kind::TlsRoute | Kind::TcpRoute => {
                 self.routes.extend(key.route());
+                self.attachments.extend(key.route().map(Attachment::Route));
                 let parents = facts.route().into_iter().flat_map(|route| &route.parents);
                 self.attached
                     .extend(parents.map(|parent| parent.service.clone()));

@@ -4,7 +4,8 @@ use std::sync::Arc;
 
 use super::super::object::{Fault, Object};
 use super::super::translate::{
-    GrantFacts, NamespaceFacts, PodFacts, RouteFacts, ServiceFacts, SliceFacts, check_name, node,
+    GrantFacts, NamespaceFacts, PodFacts, PolicyFacts, RouteFacts, ServiceFacts, SliceFacts,
+    check_name, node,
 };
 use super::claims::Claim;
 use crate::mesh::{MeshConfig, Node};
@@ -20,6 +21,7 @@ pub(super) enum Facts {
     Service(Box<ServiceFacts>),
     Route(Box<RouteFacts>),
     Grant(GrantFacts),
+    Policy(Box<PolicyFacts>),
     /// An object that is in order, but of no concern to a mesh.
     Nothing,
 }
@@ -50,6 +52,12 @@ impl Facts {
             Object::TlsRoute(route) => Self::Route(RouteFacts::of_tls(route)?.into()),
             Object::TcpRoute(route) => Self::Route(RouteFacts::of_tcp(route)?.into()),
             Object::ReferenceGrant(grant) => Self::Grant(GrantFacts::of(grant)?),
+            Object::TrafficPolicy(policy) => {
+                Self::Policy(PolicyFacts::of_traffic_policy(policy)?.into())
+            }
+            Object::XBackendTrafficPolicy(policy) => {
+                Self::Policy(PolicyFacts::of_backend_traffic_policy(policy)?.into())
+            }
         })
     }
 
@@ -82,6 +90,7 @@ impl Facts {
             | Self::Slice(_)
             | Self::Route(_)
             | Self::Grant(_)
+            | Self::Policy(_)
             | Self::Nothing => Vec::new(),
         }
     }
@@ -138,6 +147,13 @@ impl Facts {
     pub(super) fn grant(&self) -> Option<&GrantFacts> {
         match self {
             Self::Grant(facts) => Some(facts),
+            _ => None,
+        }
+    }
+
+    pub(super) fn policy(&self) -> Option<&PolicyFacts> {
+        match self {
+            Self::Policy(facts) => Some(facts),
             _ => None,
         }
     }

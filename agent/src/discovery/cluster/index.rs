@@ -6,9 +6,11 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use super::super::object::ObjectKey;
-use super::super::translate::{Referent, RouteFacts};
+use super::super::translate::{PolicyFacts, Referent, RouteFacts};
 use super::facts::Facts;
+use super::policies::Attachment;
 use crate::mesh::ObjectName;
+use crate::mesh::policy::PolicyId;
 use crate::mesh::route::RouteId;
 
 /// A label of a namespace's pods: namespace, name, value.
@@ -30,6 +32,9 @@ pub(super) struct Index {
     /// By other namespaces that they send to.
     routes_by_foreign: HashMap<Arc<str>, BTreeSet<RouteId>>,
     grants_by_namespace: HashMap<Arc<str>, BTreeSet<ObjectName>>,
+    policies_by_target: HashMap<Attachment, BTreeSet<PolicyId>>,
+    /// By Services that they fall back to.
+    policies_by_fallback: HashMap<ObjectName, BTreeSet<PolicyId>>,
 }
 
 impl Index {
@@ -79,6 +84,14 @@ impl Index {
                 let namespace = key.name.namespace.clone();
                 put(&mut self.grants_by_namespace, namespace, &key.name);
             }
+            Facts::Policy(policy) => {
+                for attachment in attachments(policy) {
+                    put(&mut self.policies_by_target, attachment, &policy.id);
+                }
+                if let Some(service) = policy.fallback() {
+                    put(&mut self.policies_by_fallback, service, &policy.id);
+                }
+            }
         }
     }
 
@@ -116,6 +129,14 @@ impl Index {
             Facts::Grant(_) => {
                 let namespace = &key.name.namespace;
                 drop_from(&mut self.grants_by_namespace, namespace, &key.name);
+            }
+            Facts::Policy(policy) => {
+                for attachment in attachments(policy) {
+                    drop_from(&mut self.policies_by_target, &attachment, &policy.id);
+                }
+                if let Some(service) = policy.fallback() {
+                    drop_from(&mut self.policies_by_fallback, &service, &policy.id);
+                }
             }
         }
     }
@@ -162,6 +183,21 @@ impl Index {
             .flatten()
     }
 
+    /// Policies that have this as a target, or a port of it.
+    pub(super) fn policies_on(&self, target: &Attachment) -> impl Iterator<Item = &PolicyId> {
+        self.policies_by_target.get(target).into_iter().flatten()
+    }
+
+    /// Policies that fall back to this Service.
+    pub(super) fn falling_back_to(&self, service: &ObjectName) -> impl Iterator<Item = &PolicyId> {
+        self.policies_by_fallback.get(service).into_iter().flatten()
+    }
+
+    /// Policies that fall back to a Service.
+    pub(super) fn falling_back(&self) -> impl Iterator<Item = &PolicyId> {
+        self.policies_by_fallback.values().flatten()
+    }
+
     /// Services that may select a pod with these labels.
     pub(super) fn candidates_for(
         &self,
@@ -199,6 +235,11 @@ fn labels<'a>(
     labels
         .iter()
         .map(move |(name, value)| (namespace.clone(), name.clone(), value.clone()))
+}
+
+/// What a policy is attached to, each once.
+fn attachments(policy: &PolicyFacts) -> BTreeSet<Attachment> {
+    policy.targets.iter().map(Attachment::from).collect()
 }
 
 /// Services that a route sends to.

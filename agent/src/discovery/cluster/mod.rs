@@ -7,6 +7,7 @@ mod claims;
 mod dirty;
 mod facts;
 mod index;
+mod policies;
 mod routes;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -16,6 +17,7 @@ use self::claims::{Claim, Claims};
 use self::dirty::Dirty;
 use self::facts::Facts;
 use self::index::Index;
+use self::policies::{Attachment, Rings};
 use self::routes::CompiledRoutes;
 use super::object::{Kind, Object, ObjectKey, Rejection};
 use super::translate::{
@@ -33,6 +35,8 @@ pub enum Change {
     Put(Object),
     /// It is no more.
     Delete(ObjectKey),
+    /// There is a new version of it that cannot even be read: the former stays in force.
+    Refuse(Rejection),
 }
 
 /// What a batch did to the snapshot.
@@ -55,6 +59,7 @@ pub struct Cluster {
     /// Under which UID each pod is in the snapshot.
     uids: HashMap<ObjectName, WorkloadUid>,
     routes: CompiledRoutes,
+    rings: Rings,
     snapshot: Snapshot,
 }
 
@@ -84,6 +89,7 @@ impl Cluster {
             index: Index::default(),
             uids: HashMap::new(),
             routes: CompiledRoutes::new(),
+            rings: Rings::new(),
             snapshot: Snapshot::default(),
         }
     }
@@ -138,6 +144,7 @@ impl Cluster {
                         Ok(facts) => (key, Some(Arc::new(facts))),
                         Err(fault) => {
                             dirty.statuses.extend(key.route());
+                            dirty.policies.extend(key.policy());
                             self.refuse(Refused {
                                 rejection: fault.of(&key),
                                 waits: None,
@@ -149,8 +156,19 @@ impl Cluster {
                     }
                 }
                 Change::Delete(key) => (key, None),
+                Change::Refuse(rejection) => {
+                    dirty.statuses.extend(rejection.object.route());
+                    self.refuse(Refused {
+                        rejection,
+                        waits: None,
+                        generation: None,
+                        parents: Vec::new(),
+                    });
+                    continue;
+                }
             };
             dirty.statuses.extend(key.route());
+            dirty.policies.extend(key.policy());
             self.forgive(&key);
             if let Some(&place) = places.get(&key) {
                 steps[place].1 = facts;
@@ -311,7 +329,12 @@ impl Cluster {
                 outcome = Outcome::Changed;
             }
         }
+        let policies = std::mem::take(&mut dirty.policies);
+        let attachments = std::mem::take(&mut dirty.attachments);
         if self.refresh_routes(dirty) == Outcome::Changed {
+            outcome = Outcome::Changed;
+        }
+        if self.refresh_policies(policies, attachments) == Outcome::Changed {
             outcome = Outcome::Changed;
         }
         outcome
@@ -406,6 +429,10 @@ impl Cluster {
         if !same_frontend(old.map(|old| &**old), now.as_ref()) {
             dirty.routes.extend(self.index.routes_to(name).cloned());
             dirty.attached.insert(name.clone());
+            dirty.attachments.insert(Attachment::Service(name.clone()));
+            dirty
+                .policies
+                .extend(self.index.falling_back_to(name).cloned());
         }
         match now {
             Some(service) => self.snapshot.insert_service(Arc::new(service)),

@@ -229,6 +229,7 @@ impl Cluster {
         let Some(route) = self.route(id) else {
             let refused = refused?;
             let parents = refused.parents.iter().map(|parent| ParentStatus {
+                service: parent.service.clone(),
                 parent: parent.to_string().into(),
                 controller: CONTROLLER,
                 conditions: vec![not_accepted("UnsupportedValue", fault(&refused.rejection))],
@@ -250,6 +251,7 @@ impl Cluster {
                 message: format!("Fall Back to the former version: {}", fault(rejection)).into(),
             }));
             ParentStatus {
+                service: parent.service.clone(),
                 parent: parent.to_string().into(),
                 controller: CONTROLLER,
                 conditions,

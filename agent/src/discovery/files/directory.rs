@@ -8,7 +8,7 @@ use super::document::{Bad, Document, parse};
 use super::read::{Content, Signature, list, read};
 use super::status::{DocumentError, ERRORS_LISTED, FileStatus};
 use super::tree::Tree;
-use crate::discovery::object::{Object, ObjectKey};
+use crate::discovery::object::{Object, ObjectKey, Rejection};
 use crate::discovery::translate::PodState;
 use crate::discovery::{Change, Cluster, Outcome};
 
@@ -62,6 +62,8 @@ struct Reading {
 struct Batch {
     puts: Vec<(ObjectKey, Object, Tree)>,
     released: BTreeSet<ObjectKey>,
+    /// Objects in force of which the new version cannot be read.
+    refusals: Vec<Rejection>,
 }
 
 impl Directory {
@@ -215,9 +217,20 @@ impl Directory {
         let mut state = self.files.remove(name).unwrap_or_default();
         state.signature = Some(signature);
         state.ignored = reading.ignored;
-        state.errors = reading.bad.into_iter().map(|bad| bad.at(name)).collect();
         state.duplicates.clear();
         state.refused_at.clear();
+        for bad in &reading.bad {
+            let rejection = bad.rejection().filter(|rejection| {
+                let owner = self.owners.get(&rejection.object);
+                rejection.object.route().is_some() && owner.is_some_and(|owner| owner == name)
+            });
+            if let Some(rejection) = rejection {
+                let place = (rejection.field.clone(), bad.line);
+                state.refused_at.insert(rejection.object.clone(), place);
+                batch.refusals.push(rejection);
+            }
+        }
+        state.errors = reading.bad.into_iter().map(|bad| bad.at(name)).collect();
         let mut seen: BTreeMap<ObjectKey, u64> = BTreeMap::new();
         for (key, object, tree) in reading.objects {
             let line = tree.line;
@@ -267,6 +280,7 @@ impl Directory {
             .map(Change::Delete);
         let mut trees = Vec::with_capacity(batch.puts.len());
         let mut changes: Vec<Change> = gone.collect();
+        changes.extend(batch.refusals.into_iter().map(Change::Refuse));
         for (key, object, tree) in batch.puts {
             changes.push(Change::Put(object));
             trees.push((key, tree));
@@ -350,6 +364,15 @@ impl Reading {
 }
 
 impl Bad {
+    /// Why the object's new version is not in force, if it is known which object it is.
+    fn rejection(&self) -> Option<Rejection> {
+        Some(Rejection {
+            object: self.key.clone()?,
+            field: self.field.clone()?,
+            reason: self.reason.clone(),
+        })
+    }
+
     fn at(self, file: &str) -> DocumentError {
         DocumentError {
             file: file.to_owned(),

@@ -6,7 +6,10 @@ use serde_json::Value;
 
 use super::tree::Tree;
 use crate::discovery::object::{Kind, Object, ObjectKey};
-use crate::discovery::translate::{GATEWAY_GROUP, MESH_CONFIG_API_VERSION};
+use crate::discovery::translate::{
+    BACKEND_TRAFFIC_POLICY_API_VERSION, GATEWAY_GROUP, MESH_CONFIG_API_VERSION,
+    TRAFFIC_POLICY_API_VERSION,
+};
 
 /// Group of Undermesh's own kinds.
 const OWN_GROUP: &str = "undermesh.io";
@@ -170,6 +173,11 @@ fn known(version: &str, kind: &str) -> Known {
         (GATEWAY_GROUP, "TCPRoute") => (GATEWAY_V1_AND_ALPHA, Kind::TcpRoute),
         (GATEWAY_GROUP, "ReferenceGrant") => (GATEWAY_V1_AND_BETA, Kind::ReferenceGrant),
         (OWN_GROUP, "MeshConfig") => (&[MESH_CONFIG_API_VERSION], Kind::MeshConfig),
+        (OWN_GROUP, "TrafficPolicy") => (&[TRAFFIC_POLICY_API_VERSION], Kind::TrafficPolicy),
+        ("gateway.networking.x-k8s.io", "XBackendTrafficPolicy") => (
+            &[BACKEND_TRAFFIC_POLICY_API_VERSION],
+            Kind::XBackendTrafficPolicy,
+        ),
         (OWN_GROUP, _) => return Known::OwnUnknown,
         _ => return Known::Foreign,
     };
@@ -219,6 +227,8 @@ fn object(kind: Kind, tree: Tree) -> Document {
         Kind::TlsRoute => strictly_typed(json).map(Object::TlsRoute),
         Kind::TcpRoute => strictly_typed(json).map(Object::TcpRoute),
         Kind::ReferenceGrant => strictly_typed(json).map(Object::ReferenceGrant),
+        Kind::TrafficPolicy => typed(json).map(Object::TrafficPolicy),
+        Kind::XBackendTrafficPolicy => strictly_typed(json).map(Object::XBackendTrafficPolicy),
     };
     match read {
         Ok(object) => Document::Object(Box::new(object), tree),

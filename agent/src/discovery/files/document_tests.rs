@@ -142,3 +142,94 @@ fn faults_of_form_name_line_object_field_and_reason() {
         assert_eq!(summary(text), [expected]);
     }
 }
+
+#[test]
+fn routes_and_grants_are_read_in_every_version_that_means_the_same() {
+    let manifest = |version: &str, kind: &str, spec: &str| {
+        format!(
+            "apiVersion: gateway.networking.k8s.io/{version}\nkind: {kind}\n\
+             metadata: {{name: x, namespace: shop}}\nspec: {spec}\n"
+        )
+    };
+    for (kind, spec, versions) in [
+        ("HTTPRoute", "{rules: []}", ["v1", "v1beta1"].as_slice()),
+        ("GRPCRoute", "{rules: []}", &["v1"]),
+        (
+            "TLSRoute",
+            "{hostnames: [a.b], rules: []}",
+            &["v1", "v1alpha3", "v1alpha2"],
+        ),
+        ("TCPRoute", "{rules: []}", &["v1", "v1alpha2"]),
+        ("ReferenceGrant", "{from: [], to: []}", &["v1", "v1beta1"]),
+    ] {
+        for version in versions {
+            let text = manifest(version, kind, spec);
+            assert_eq!(summary(&text), [format!("{kind} shop/x at 1")], "{version}");
+        }
+    }
+    assert_eq!(
+        summary(&manifest("v1alpha2", "HTTPRoute", "{}")),
+        [
+            "1: apiVersion: HTTPRoute is read as gateway.networking.k8s.io/v1 or \
+          gateway.networking.k8s.io/v1beta1, not as gateway.networking.k8s.io/v1alpha2"
+        ]
+    );
+    assert_eq!(
+        summary(&manifest("v1", "Gateway", "{}")),
+        ["ignored gateway.networking.k8s.io/v1 Gateway"]
+    );
+}
+
+#[test]
+fn a_misspelt_field_of_a_route_is_an_error_and_not_silence() {
+    let text = "\
+apiVersion: gateway.networking.k8s.io/v1
+kind: HTTPRoute
+metadata: {name: x, namespace: shop, anything: else}
+spec:
+  rules:
+  - backendRefs:
+    - name: v1
+      port: 80
+      wieght: 0
+    timeouts:
+    hostnames:
+";
+    assert_eq!(
+        summary(text),
+        ["9: HTTPRoute shop/x: spec.rules[0].backendRefs[0].wieght: there is no such field"]
+    );
+    let unknown = text
+        .replace("wieght", "weight")
+        .replace("timeouts:", "timeouts: {requst: 1s}");
+    assert_eq!(
+        summary(&unknown),
+        ["10: HTTPRoute shop/x: spec.rules[0].timeouts.requst: there is no such field"]
+    );
+    let fine = text.replace("wieght", "weight");
+    assert_eq!(
+        summary(&fine),
+        ["HTTPRoute shop/x at 1"],
+        "null is as if it were left out"
+    );
+}
+
+#[test]
+fn a_value_that_the_api_does_not_have_is_refused_at_its_field() {
+    let text = "\
+apiVersion: gateway.networking.k8s.io/v1
+kind: HTTPRoute
+metadata: {name: x, namespace: shop}
+spec:
+  rules:
+  - matches:
+    - path: {type: Suffix, value: /x}
+";
+    let found = summary(text);
+    assert!(
+        found[0].starts_with(
+            "7: HTTPRoute shop/x: spec.rules[0].matches[0].path.type: unknown variant `Suffix`"
+        ),
+        "{found:?}"
+    );
+}

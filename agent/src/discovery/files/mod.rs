@@ -342,4 +342,6 @@ fn report(before: &FileStatus, now: &FileStatus) {
 }
 
 #[cfg(test)]
+mod route_tests;
+#[cfg(test)]
 mod tests;

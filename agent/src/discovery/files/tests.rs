@@ -394,3 +394,52 @@ fn the_whole_of_a_service_comes_from_manifests() {
     );
     assert_eq!(snapshot.capture_targets().len(), 2);
 }
+
+fn policy(spec: &str) -> String {
+    format!(
+        "apiVersion: undermesh.io/v1alpha1\nkind: TrafficPolicy\nmetadata:\n  name: cart\n  \
+         namespace: shop\nspec:\n  targetRefs:\n  - kind: Service\n    name: cart\n{spec}"
+    )
+}
+
+#[tokio::test]
+async fn a_policy_is_in_force_from_its_file_and_a_bad_version_leaves_the_last_good_one() {
+    let service = "apiVersion: v1\nkind: Service\nmetadata: {name: cart, namespace: shop}\n\
+                   spec: {clusterIP: 10.96.0.1, ports: [{port: 80}]}\n";
+    let good = policy("  breaker:\n    probes: 7\n");
+    let running = Running::start(&[("cart.yaml", documents(&[service.to_owned(), good]))]);
+    let probes = || {
+        let snapshot = running.snapshot.load();
+        let policy = snapshot.policy_of_service(&ObjectName::new("shop", "cart"), 80);
+        policy.settings.breaker.probes
+    };
+    assert_eq!(probes(), 7);
+    for (spec, error) in [
+        (
+            "  fault:\n    delay:\n      time: 1s\n      percentage: 200\n",
+            "cart.yaml:18: TrafficPolicy shop/cart: spec.fault.delay.percentage: 200 is not a \
+             percentage: must be from 0 to 100",
+        ),
+        (
+            "  timeouts:\n    request: 5\n",
+            "cart.yaml:16: TrafficPolicy shop/cart: spec.timeouts.request: \"5\" is not a duration: \
+             numbers with units h, m, s, ms, like \"1s\" or \"1m30s\"",
+        ),
+        (
+            "  breaker:\n    probes: 0\n",
+            "cart.yaml:16: TrafficPolicy shop/cart: spec.breaker.probes: must be from 1 to 1000, \
+             is 0",
+        ),
+    ] {
+        let bad = documents(&[service.to_owned(), policy(spec)]);
+        running.replace("cart.yaml", &bad);
+        running
+            .until(|status| status.errors.iter().any(|one| one.to_string() == error))
+            .await;
+        assert_eq!(probes(), 7);
+    }
+    let better = documents(&[service.to_owned(), policy("  breaker:\n    probes: 8\n")]);
+    running.replace("cart.yaml", &better);
+    running.until(|status| status.errors_total == 0).await;
+    assert_eq!(probes(), 8);
+}

@@ -6,7 +6,7 @@ use serde::Deserialize;
 use super::super::object::Fault;
 use super::route::{
     BackendManifest, RULES_MAX, RouteFacts, RouteRules, RuleFacts, RuleNames, at_most, backends,
-    created, identify, note_on_hostnames, note_on_weights, parents, reread,
+    check_rules, created, identify, note_on_hostnames, note_on_weights, parents, reread,
 };
 use super::route_filter::{FilterFacts, FilterManifest};
 use super::route_match::{HeaderMatchManifest, MatchKind, header_matches, pattern};
@@ -84,6 +84,7 @@ impl RouteFacts {
                 retry: None,
             });
         }
+        check_rules(&rules)?;
         Ok(Self {
             generation: route.metadata.generation,
             created: created(&route.metadata),

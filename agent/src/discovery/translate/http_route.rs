@@ -9,7 +9,7 @@ use serde::Deserialize;
 use super::super::object::Fault;
 use super::route::{
     BackendManifest, RULES_MAX, RouteFacts, RouteRules, RuleFacts, RuleNames, at_most, backends,
-    created, identify, note_on_hostnames, note_on_weights, parents, reread,
+    check_rules, created, identify, note_on_hostnames, note_on_weights, parents, reread,
 };
 use super::route_filter::{FilterFacts, FilterManifest, PATH_MAX, check_path};
 use super::route_match::{HeaderMatchManifest, MatchKind, header_matches, pattern};
@@ -111,6 +111,7 @@ impl RouteFacts {
             notes.extend(note_on_weights(&field, &rule.backends, "the answer is 500"));
             rules.push(rule);
         }
+        check_rules(&rules)?;
         Ok(Self {
             generation: route.metadata.generation,
             created: created(&route.metadata),

@@ -3,6 +3,7 @@
 //!
 //! Each kind becomes its *facts*: what the mesh needs to know of it, checked field by field.
 
+mod backend_traffic_policy;
 mod config;
 mod endpoints;
 mod grpc_route;
@@ -10,15 +11,19 @@ mod http_route;
 mod membership;
 mod node;
 mod pod;
+mod probes;
 mod reference_grant;
 mod route;
+mod route_cors;
 mod route_filter;
 mod route_match;
 mod route_session;
 mod service;
 mod tcp_route;
 mod tls_route;
+mod traffic_policy;
 
+pub use backend_traffic_policy::BACKEND_TRAFFIC_POLICY_API_VERSION;
 pub use config::{MESH_CONFIG_API_VERSION, MeshConfigManifest, MeshConfigSpec};
 pub use endpoints::{EndpointFacts, SliceFacts, TargetRef, derive_endpoints, slice_endpoints};
 pub use membership::{MESH_LABEL, MODE_ANNOTATION, NamespaceFacts};
@@ -31,11 +36,14 @@ pub use route::{
 };
 pub use route_filter::FilterFacts;
 pub use service::{PortFacts, ServiceFacts, TargetPort, Unready};
+pub use traffic_policy::{
+    PolicyFacts, PolicyTarget, TRAFFIC_POLICY_API_VERSION, TrafficPolicyManifest,
+};
 
 use std::net::IpAddr;
 
 use super::object::Fault;
-use crate::mesh::{NAME_MAX, is_kubernetes_name};
+use crate::mesh::{NAME_MAX, is_kubernetes_name, parse_duration};
 
 /// A name that can stand in an identity, a path and a log line.
 pub(super) fn check_name(field: &str, name: &str) -> Result<(), Fault> {

@@ -10,6 +10,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, OwnerReference}
 
 use super::super::object::Fault;
 use super::membership::{Placement, Wish, annotation, membership, obstacle};
+use super::probes::probe_ports;
 use super::{NamespaceFacts, check_address, check_name, check_port, is_tcp};
 use crate::mesh::{
     Membership, MeshConfig, ObjectName, Sandbox, SpiffeId, TrustDomain, Workload, WorkloadUid,
@@ -81,6 +82,7 @@ impl PodFacts {
         let identity = SpiffeId::new(TrustDomain::default(), &name.namespace, account)
             .map_err(|error| Fault::new("spec.serviceAccountName", format!("{error}")))?;
         let labels = metadata.labels.clone().unwrap_or_default();
+        let probe_ports = probe_ports(pod, &addresses)?;
         let workload = Workload {
             uid: uid(metadata, &name),
             workload: owner(metadata, &labels)
@@ -98,6 +100,7 @@ impl PodFacts {
             addresses,
             labels: Arc::new(labels),
             named_ports: named_ports(pod)?,
+            probe_ports,
             membership: Membership::Outside,
             ready: is_ready(pod),
             sandbox: sandbox(metadata)?,

@@ -28,6 +28,11 @@ pub(super) const RULES_MAX: usize = 16;
 const PARENTS_MAX: usize = 32;
 const BACKENDS_MAX: usize = 16;
 
+/// The most that all rules of a route may hold together: of matches as the API has it, of regular
+/// expressions because each takes memory.
+const ALL_MATCHES_MAX: usize = 128;
+const ALL_PATTERNS_MAX: usize = 128;
+
 /// The greatest weight.
 const WEIGHT_MAX: u32 = 1_000_000;
 
@@ -346,6 +351,22 @@ impl RuleNames {
         }
         Ok(format!("{id}/{name}").into())
     }
+}
+
+/// Refuses rules that are too many or too large together.
+pub(super) fn check_rules(rules: &[RuleFacts]) -> Result<(), Fault> {
+    let matches = || rules.iter().flat_map(|rule| &rule.matches);
+    let patterns = matches().map(RequestMatch::patterns).sum();
+    for (count, what, most) in [
+        (matches().count(), "matches", ALL_MATCHES_MAX),
+        (patterns, "regular expressions", ALL_PATTERNS_MAX),
+    ] {
+        if count > most {
+            let reason = format!("have {count} {what} together: at most {most}");
+            return Err(Fault::new("spec.rules", reason));
+        }
+    }
+    Ok(())
 }
 
 /// Backends of a rule, `field` being the path of their list.

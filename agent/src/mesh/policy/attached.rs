@@ -72,7 +72,14 @@ struct RoutePolicy {
     /// By the address of the Service's stack, which is kept so that no other can have it. It only
     /// remembers what follows from the two, so that a request costs no merging, and a policy keeps
     /// its address.
-    over: Mutex<HashMap<usize, (Arc<Stack>, Arc<TrafficPolicy>)>>,
+    over: Mutex<HashMap<usize, Merged>>,
+}
+
+/// What a route's policy makes over a Service's.
+#[derive(Debug)]
+struct Merged {
+    policy: Arc<TrafficPolicy>,
+    _over: Arc<Stack>,
 }
 
 impl Policies {
@@ -117,6 +124,24 @@ impl Policies {
     /// Statuses of all policies.
     pub fn statuses(&self) -> impl Iterator<Item = &Arc<PolicyStatus>> {
         self.statuses.values()
+    }
+
+    /// What is said of a Service.
+    #[must_use]
+    pub fn layers_of(&self, service: &ObjectName) -> Option<&ServiceLayers> {
+        Some(&self.services.get(service)?.layers)
+    }
+
+    /// What is said of a route.
+    #[must_use]
+    pub fn layer_of(&self, route: &RouteId) -> Option<&Layer> {
+        Some(&self.routes.get(route)?.layer)
+    }
+
+    /// The status of one policy.
+    #[must_use]
+    pub fn status(&self, policy: &PolicyId) -> Option<&Arc<PolicyStatus>> {
+        self.statuses.get(policy)
     }
 
     pub(in crate::mesh) fn set_service(
@@ -216,15 +241,19 @@ impl RoutePolicy {
     fn over(&self, stack: &Arc<Stack>) -> Arc<TrafficPolicy> {
         let mut over = self.over.lock();
         let key = Arc::as_ptr(stack) as usize;
-        if let Some((_, policy)) = over.get(&key) {
-            return policy.clone();
+        if let Some(merged) = over.get(&key) {
+            return merged.policy.clone();
         }
         if over.len() >= REMEMBERED {
             over.clear();
         }
         let layers: Vec<Layer> = stack.layers.iter().chain([&self.layer]).cloned().collect();
         let policy = Arc::new(TrafficPolicy::of(&layers));
-        over.insert(key, (stack.clone(), policy.clone()));
+        let merged = Merged {
+            policy: policy.clone(),
+            _over: stack.clone(),
+        };
+        over.insert(key, merged);
         policy
     }
 }

@@ -7,7 +7,7 @@ use serde::Serialize;
 use serde_json::Value;
 
 use super::super::ObjectName;
-use super::super::route::Condition;
+use super::super::route::{Condition, Truth};
 
 /// Kinds of policies.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
@@ -50,8 +50,22 @@ pub struct PolicyStatus {
     pub observed_generation: Option<i64>,
     /// What it is attached to, in the order of `targetRefs`.
     pub ancestors: Vec<AncestorStatus>,
-    /// What it says: only the fields that are given.
+    /// Why its last version is not in force: the field and the reason. The version before it stays
+    /// in force, if there was one.
+    pub rejection: Option<Arc<str>>,
+    /// What the version in force says: only the fields that are given.
     pub spec: Value,
+}
+
+impl PolicyStatus {
+    /// What conditions that do not hold say.
+    pub fn problems(&self) -> impl Iterator<Item = &Arc<str>> {
+        self.ancestors
+            .iter()
+            .flat_map(|ancestor| &ancestor.conditions)
+            .filter(|condition| condition.status == Truth::False)
+            .map(|condition| &condition.message)
+    }
 }
 
 /// Status for one target (`PolicyAncestorStatus`).

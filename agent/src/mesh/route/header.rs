@@ -52,6 +52,12 @@ impl HeaderMatch {
         &self.name
     }
 
+    /// What its value must be.
+    #[must_use]
+    pub fn value(&self) -> &ValueMatch {
+        &self.value
+    }
+
     /// Whether the request has it.
     #[must_use]
     pub fn matches(&self, head: &Parts) -> bool {
@@ -139,3 +145,7 @@ fn join(headers: &HeaderMap, name: &HeaderName, separator: &[u8]) -> Vec<u8> {
     }
     joined
 }
+
+#[cfg(test)]
+#[path = "header_tests.rs"]
+mod tests;

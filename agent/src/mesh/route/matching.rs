@@ -179,6 +179,27 @@ impl RequestMatch {
         }
     }
 
+    /// How many regular expressions it has, which take memory and time.
+    #[must_use]
+    pub fn patterns(&self) -> usize {
+        let is_pattern = |value: &ValueMatch| matches!(value, ValueMatch::Regex(_));
+        let of_target = match &self.target {
+            TargetMatch::Path(path) => usize::from(matches!(path, PathMatch::Regex(_))),
+            TargetMatch::Grpc(call) => [&call.service, &call.method]
+                .into_iter()
+                .flatten()
+                .filter(|value| is_pattern(value))
+                .count(),
+        };
+        let headers = self.headers.iter().map(HeaderMatch::value);
+        let query = self.query.iter().map(|query| &query.value);
+        of_target
+            + headers
+                .chain(query)
+                .filter(|value| is_pattern(value))
+                .count()
+    }
+
     /// Whether this is such a request.
     #[must_use]
     pub fn matches(&self, head: &Parts) -> bool {
@@ -279,3 +300,7 @@ pub(super) fn is_grpc(head: &Parts) -> bool {
                 .is_some_and(|start| start.eq_ignore_ascii_case(TYPE))
         })
 }
+
+#[cfg(test)]
+#[path = "matching_tests.rs"]
+mod tests;

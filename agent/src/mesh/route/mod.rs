@@ -14,6 +14,9 @@ mod session;
 mod status;
 mod stream;
 mod table;
+#[cfg(test)]
+mod testing;
+mod view;
 
 pub use attached::{Attached, PortRoutes, Routes, ServiceRoutes};
 pub use filter::{
@@ -28,6 +31,7 @@ pub use session::{CookieLifetime, Session, SessionCarrier, SessionPersistence};
 pub use status::{CONTROLLER, Condition, ConditionType, ParentStatus, RouteStatus, Truth};
 pub use stream::{StreamRoutes, StreamRule};
 pub use table::{RouteTable, Selected};
+pub use view::{BackendView, RouteView, RuleView};
 
 use std::fmt;
 

@@ -7,7 +7,7 @@ use thiserror::Error;
 
 /// The most memory that a compiled expression may take, in bytes; what is larger is refused. The
 /// time of a match is linear in the text whatever the expression.
-pub const PATTERN_SIZE_MAX: usize = 256 << 10;
+pub const PATTERN_SIZE_MAX: usize = 64 << 10;
 
 /// The most memory that the automaton built while matching may take, in bytes; beyond, matching
 /// goes on with a slower one.

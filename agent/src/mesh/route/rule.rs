@@ -171,3 +171,7 @@ pub struct RouteRetry {
     /// `backoff`: the least time before the next.
     pub backoff: Option<Duration>,
 }
+
+#[cfg(test)]
+#[path = "rule_tests.rs"]
+mod tests;

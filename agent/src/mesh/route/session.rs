@@ -204,3 +204,7 @@ pub(super) fn fingerprint(text: &str) -> u64 {
         .take(8)
         .fold(0, |number, byte| number << 8 | u64::from(*byte))
 }
+
+#[cfg(test)]
+#[path = "session_tests.rs"]
+mod tests;

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use serde::Serialize;
 
 use super::RouteId;
+use crate::mesh::ObjectName;
 
 /// Status of a route (`RouteStatus`), one part for each Service that it is attached to.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -22,6 +23,8 @@ pub struct RouteStatus {
 /// Status for one parent (`RouteParentStatus`).
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct ParentStatus {
+    /// The Service.
+    pub service: ObjectName,
     /// The parent, as `namespace/name`, with `:port` and `#sectionName` where the route has them.
     pub parent: Arc<str>,
     /// Always `undermesh.io/mesh-controller`.

@@ -100,3 +100,7 @@ impl StreamRoutes {
         best.map(|(rule, _)| rule)
     }
 }
+
+#[cfg(test)]
+#[path = "stream_tests.rs"]
+mod tests;

@@ -163,3 +163,7 @@ fn equal_range(entries: &[Entry], compare: impl Fn(&Entry) -> Ordering) -> &[Ent
     let length = entries[start..].partition_point(|entry| compare(entry) == Ordering::Equal);
     &entries[start..start + length]
 }
+
+#[cfg(test)]
+#[path = "table_tests.rs"]
+mod tests;

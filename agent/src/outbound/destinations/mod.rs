@@ -7,7 +7,6 @@
 
 mod book;
 mod destination;
-mod events;
 mod name;
 mod reachable;
 
@@ -24,7 +23,6 @@ use crate::resilience::ejection::SourceId;
 use crate::resilience::{EventSink, Timestamp};
 
 pub use destination::{Destination, Route};
-pub use events::EventReporter;
 pub use name::{DestinationId, EndpointId, RouteKey, Traffic};
 pub use reachable::Reachable;
 

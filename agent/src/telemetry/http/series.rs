@@ -182,6 +182,10 @@ impl HttpSeries {
             MetricType::Histogram,
         )?;
         for (scope, series) in &all {
+            // Asked for by an event alone: its request counts elsewhere.
+            if series.value().outcomes.read().is_empty() {
+                continue;
+            }
             let family = durations.encode_family(scope)?;
             series.value().durations.encode(family)?;
         }

@@ -39,7 +39,7 @@ pub struct Failures {
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
 #[schemars(inline)]
 pub struct Breaker {
-    /// Off: it never opens by itself. Default On.
+    /// Disabled: it never opens by itself. Default Enabled.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub mode: Option<Switch>,
     /// Opens when this share of the window's requests failed. Range 0.01 to 1, default 0.9.
@@ -80,7 +80,7 @@ pub struct Breaker {
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
 #[schemars(inline)]
 pub struct OutlierEjection {
-    /// Off: no endpoint is ejected. Default On.
+    /// Disabled: no endpoint is ejected. Default Enabled.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub mode: Option<Switch>,
     /// Ejects after this many failures in a row. Range 1 to 1000, default 5; 0: not by that.
@@ -120,7 +120,7 @@ pub struct OutlierEjection {
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
 #[schemars(inline)]
 pub struct FailureRatioSpec {
-    /// Off: not by that. Default On.
+    /// Disabled: not by that. Default Enabled.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub mode: Option<Switch>,
     /// The share. Range 0.01 to 1, default 0.5.
@@ -138,7 +138,7 @@ pub struct FailureRatioSpec {
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
 #[schemars(inline)]
 pub struct SuccessRateSpec {
-    /// Off: not by that. Default On.
+    /// Disabled: not by that. Default Enabled.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub mode: Option<Switch>,
     /// Range 0.1 to 10, default 1.9.
@@ -220,7 +220,7 @@ impl Apply for Breaker {
             successes_to_close,
         } = self;
         let breaker = &mut to.settings.breaker;
-        if *mode == Some(Switch::On) && is_off(breaker) {
+        if *mode == Some(Switch::Enabled) && is_off(breaker) {
             *breaker = BreakerSettings::default();
         }
         set(&mut breaker.failure_ratio, *failure_ratio);
@@ -233,7 +233,7 @@ impl Apply for Breaker {
         }
         set(&mut breaker.probes, *probes);
         set(&mut breaker.successes_to_close, *successes_to_close);
-        if *mode == Some(Switch::Off) {
+        if *mode == Some(Switch::Disabled) {
             // More requests than a window can hold.
             breaker.minimum_requests = NEVER;
             breaker.consecutive = None;
@@ -271,7 +271,7 @@ impl Apply for OutlierEjection {
         let off = ejection.consecutive_failures.is_none()
             && ejection.failure_ratio.is_none()
             && ejection.success_rate.is_none();
-        if *mode == Some(Switch::On) && off {
+        if *mode == Some(Switch::Enabled) && off {
             *ejection = EjectionSettings::default();
         }
         let consecutive = consecutive_failures.map(|most| (most > 0).then_some(most));
@@ -289,7 +289,7 @@ impl Apply for OutlierEjection {
         set(&mut ejection.max_ejected, *max_ejected);
         set(&mut ejection.floor, *floor);
         set(&mut ejection.panic_threshold, *panic_threshold);
-        if *mode == Some(Switch::Off) {
+        if *mode == Some(Switch::Disabled) {
             ejection.consecutive_failures = None;
             ejection.failure_ratio = None;
             ejection.success_rate = None;
@@ -316,7 +316,7 @@ impl FailureRatioSpec {
         let trigger = to.get_or_insert(default);
         set(&mut trigger.ratio, *ratio);
         set(&mut trigger.minimum_requests, *minimum_requests);
-        if *mode == Some(Switch::Off) {
+        if *mode == Some(Switch::Disabled) {
             *to = None;
         }
     }
@@ -339,7 +339,7 @@ impl SuccessRateSpec {
         set(&mut trigger.minimum_endpoints, *minimum_endpoints);
         set(&mut trigger.minimum_requests, *minimum_requests);
         set(&mut trigger.tolerance, *tolerance);
-        if *mode == Some(Switch::Off) {
+        if *mode == Some(Switch::Disabled) {
             *to = None;
         }
     }

@@ -47,7 +47,7 @@ pub struct Limits {
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
 #[schemars(inline)]
 pub struct Adaptive {
-    /// Off: no such limit. Default On.
+    /// Disabled: no such limit. Default Enabled.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub mode: Option<Switch>,
     /// Where it starts. Range `least` to `most`, default 100.
@@ -143,6 +143,13 @@ impl Apply for Limits {
             return;
         };
         let at = format!("{at}.adaptive");
+        for (field, value) in [
+            ("initial", adaptive.initial),
+            ("least", adaptive.least),
+            ("most", adaptive.most),
+        ] {
+            faults.range(value.unwrap_or(1), 1, 1_000_000, &at, field);
+        }
         if let (Some(least), Some(most)) = (adaptive.least, adaptive.most) {
             let reason = format_args!("must be at least `least`, {least}, is {most}");
             faults.require(most >= least, &at, "most", reason);
@@ -172,7 +179,7 @@ impl Adaptive {
         set(&mut settings.smoothing, *smoothing);
         set(&mut settings.window, window.map(|window| window.0));
         set(&mut settings.memory, *memory);
-        if *mode == Some(Switch::Off) {
+        if *mode == Some(Switch::Disabled) {
             *to = None;
         }
     }

@@ -302,7 +302,7 @@ impl TrafficPolicySpec {
 }
 
 /// Where the fields of [`crate::resilience::Policy`] are written. The first that fits is it.
-const WRITTEN: [(&str, &str); 21] = [
+const WRITTEN: [(&str, &str); 22] = [
     ("http.failures", "failures.httpStatuses"),
     ("grpc.failures", "failures.grpcStatuses"),
     ("timeouts.backendRequest", "timeouts.attempt"),
@@ -333,6 +333,7 @@ const WRITTEN: [(&str, &str); 21] = [
     ("limits.rates.total", "rateLimit.total"),
     ("limits.concurrency", "limits.inFlight"),
     ("fallback.status", "fallback.response.status"),
+    ("fallback.body", "fallback.response.body"),
 ];
 
 fn written(field: &str) -> String {

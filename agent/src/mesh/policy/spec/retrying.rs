@@ -19,8 +19,8 @@ use crate::resilience::validate::Faults;
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
 #[schemars(inline)]
 pub struct Retries {
-    /// Attempts beyond the first. Range 0 to 10, default 2. Given without `on`, `httpStatuses` and
-    /// `grpcStatuses`, it stands for: GatewayError, Reset, Timeout, and the gRPC statuses CANCELLED,
+    /// Attempts beyond the first. Range 0 to 10, default 2. Given without `conditions`, `httpStatuses`
+    /// and `grpcStatuses`, it stands for: GatewayError, Reset, Timeout, and the gRPC statuses CANCELLED,
     /// DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED, INTERNAL and UNAVAILABLE.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 0, max = 10))]
@@ -29,7 +29,7 @@ pub struct Retries {
     /// connection or stream broke. Timeout: the attempt took too long. Default none.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 4))]
-    pub on: Option<Vec<RetryOn>>,
+    pub conditions: Option<Vec<RetryOn>>,
     /// HTTP statuses that are sent again. Each 400 to 599; at most 64; default none.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 64), inner(range(min = 400, max = 599)))]
@@ -139,7 +139,7 @@ impl Apply for Retries {
     fn apply(&self, to: &mut TrafficPolicy) {
         let Self {
             attempts,
-            on,
+            conditions: on,
             http_statuses,
             grpc_statuses,
             backoff,
@@ -192,7 +192,11 @@ impl Apply for Retries {
 
     fn check(&self, at: &str, faults: &mut Faults) {
         let lengths = [
-            ("on", self.on.as_ref().map_or(0, Vec::len), 4),
+            (
+                "conditions",
+                self.conditions.as_ref().map_or(0, Vec::len),
+                4,
+            ),
             (
                 "httpStatuses",
                 self.http_statuses.as_ref().map_or(0, Vec::len),

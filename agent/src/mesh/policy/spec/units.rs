@@ -149,14 +149,15 @@ impl JsonSchema for Percentage {
     }
 }
 
-/// Whether a mechanism works at all.
+/// Whether a mechanism works at all. Neither is called `On` or `Off`: YAML 1.1, as kubectl reads it,
+/// takes these for booleans.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[schemars(inline)]
 pub enum Switch {
     /// It does.
-    On,
+    Enabled,
     /// It does not.
-    Off,
+    Disabled,
 }
 
 #[cfg(test)]

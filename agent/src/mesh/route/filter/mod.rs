@@ -145,3 +145,6 @@ impl Filters {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

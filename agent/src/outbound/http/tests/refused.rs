@@ -108,14 +108,14 @@ async fn a_fallback_answers_when_nothing_else_is_left() {
     let other = Peer::http1(|_, _| answer(200, "other")).await;
     let world = World::new(&[peer.address]);
     world.service("other", &[other.address]);
-    let fixed = json!({"retries": {"attempts": 0, "on": ["GatewayError"]},
+    let fixed = json!({"retries": {"attempts": 0, "conditions": ["GatewayError"]},
         "fallback": {"response": {"status": 203, "body": "sorry"}}});
     world.policy("cart", &fixed);
     let mut client = world.connect("cart", Wire::Http1).await;
     let seen = client.get("/").await;
     assert_eq!((seen.status, seen.text()), (203, "sorry"));
     assert_eq!(seen.header("x-undermesh-reason"), "fallback");
-    let backend = json!({"retries": {"attempts": 0, "on": ["GatewayError"]},
+    let backend = json!({"retries": {"attempts": 0, "conditions": ["GatewayError"]},
         "fallback": {"backend": {"name": "other", "port": 80}}});
     world.policy("cart", &backend);
     let seen = client.get("/").await;

@@ -134,7 +134,7 @@ async fn the_budget_holds_while_every_attempt_fails() {
     let world = World::new(&[peer.address]);
     let mut policy = usual();
     policy["retryBudget"] = json!({"ratio": 0.2, "minimumRate": 1.0});
-    policy["breaker"] = json!({"mode": "Off"});
+    policy["breaker"] = json!({"mode": "Disabled"});
     world.policy("cart", &policy);
     let mut client = world.connect("cart", Wire::Http1).await;
     for _ in 0..300 {

@@ -1,0 +1,8 @@
+//! What one pod may take from its neighbours: time on the workers ([`Fairness::turns`]), requests under way and memory
+//! for bodies that may have to be sent again ([`Quota`]). Each bound is per pod and per node, since a pod is on one.
+
+mod quota;
+mod turns;
+
+pub use quota::{Quota, QuotaLimits, Quotas, Reserved, Unserved};
+pub use turns::{Clock, Fairness, Monotonic, Turns};
