@@ -14,22 +14,28 @@ use thiserror::Error;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
+use crate::admin::breakers::{
+    BREAKER_COLUMNS, BreakerWatch, report as report_breakers, rows as breaker_rows,
+};
 use crate::admin::{
-    Admin, AdminError, AdminOptions, AdminState, Column, Condition, Exposure, policies,
+    Admin, AdminError, AdminOptions, AdminState, Column, Condition, Control, ControlError,
+    Exposure, policies,
 };
 use crate::capture::{
     self, Accepted, Capture, CaptureError, CaptureOptions, EnrolError, Handler, KernelOptions, Role,
 };
+use crate::cli::CONTROL_SOCKET;
 use crate::discovery::files::{FileSource, FileSourceError, FileSourceOptions};
 use crate::fairness::{Fairness, Monotonic};
 use crate::handover::{Giver, HandoverError};
-use crate::http::HttpCounters;
+use crate::http::{HttpCounters, UpstreamPool};
 use crate::identity::{
     AuthorityClient, AuthorityClientOptions, Certificates, CertificatesOptions, ClientError,
 };
 use crate::inbound::{HttpService, Inbound};
 use crate::mesh::{MeshConfig, SharedSnapshot, Snapshot};
-use crate::outbound::{Clock, Destinations, EventReporter, Outbound, OutboundParts};
+use crate::outbound::{Clock, Destinations, Outbound, OutboundParts};
+use crate::resilience::BreakerBook;
 use crate::telemetry::{Labelled, Logging, Telemetry, housekeep};
 use crate::tunnel::{Pool, PoolOptions};
 
@@ -73,6 +79,9 @@ pub struct AgentOptions {
     /// Where the admin endpoint listens: loopback only
     #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:15000")]
     pub admin: SocketAddr,
+    /// Unix socket for what changes something, for root alone: forcing circuit breakers
+    #[arg(long, value_name = "PATH", default_value = CONTROL_SOCKET)]
+    pub admin_socket: PathBuf,
     /// Where metrics are served
     #[arg(long, value_name = "ADDR", default_value = "0.0.0.0:15020")]
     pub metrics: SocketAddr,
@@ -127,6 +136,9 @@ pub enum AgentError {
     /// The admin endpoint.
     #[error(transparent)]
     Admin(#[from] AdminError),
+    /// The control socket.
+    #[error(transparent)]
+    Control(#[from] ControlError),
 }
 
 /// Hands what capture accepts to the part that it is for.
@@ -207,26 +219,26 @@ pub async fn run(
     let fairness = Fairness::start(Monotonic::default(), background.clone());
     let pool = Pool::new(PoolOptions::default());
     let leaving = stop.child_token();
-    let events = Arc::new(EventReporter::default());
+    let breakers = BreakerWatch::new();
     let destinations = Destinations::new(
         snapshot.clone(),
         &options.node,
         Clock::start(),
-        events.clone(),
+        breakers.clone(),
     );
     let http = Arc::new(HttpCounters::default());
     let outbound = Outbound::new(OutboundParts {
         snapshot: snapshot.clone(),
         certificates: certificates.clone(),
         tunnels: pool.clone(),
-        destinations,
+        destinations: destinations.clone(),
         counters: http.clone(),
         telemetry: telemetry.clone(),
         drain: leaving.clone(),
     });
     tokio::spawn(outbound.clone().maintain(background.clone()));
     let dispatch = Arc::new(Dispatch {
-        outbound,
+        outbound: outbound.clone(),
         inbound: Arc::new(Inbound {
             snapshot: snapshot.clone(),
             certificates: certificates.clone(),
@@ -269,7 +281,10 @@ pub async fn run(
         snapshot.clone(),
         background.clone(),
     ));
-    count(&telemetry, &capture, &certificates, &pool, &events, &http);
+    count(&telemetry, &capture, &certificates, &pool, &http);
+    let book: Arc<dyn BreakerBook> = destinations;
+    report_breakers(&telemetry, &book, &breakers);
+    count_upstreams(&telemetry, outbound.upstreams());
     telemetry.register_counter(
         "undermesh_fairness_parked",
         "Times that a task waited because its pod had used up its quantum while others were busy",
@@ -288,6 +303,11 @@ pub async fn run(
     )
     .view("routes", ROUTE_COLUMNS, move || routed.load().route_views());
     let state = with_policies(state, &snapshot);
+    let (shown, watch) = (book.clone(), breakers.clone());
+    let state = state.view("breakers", BREAKER_COLUMNS, move || {
+        breaker_rows(&*shown, &watch)
+    });
+    let control = Control::bind(&options.admin_socket, book)?;
     let addresses = AdminOptions {
         admin: options.admin,
         exposure: Exposure::Loopback,
@@ -310,6 +330,7 @@ pub async fn run(
     }
     let serving = background.child_token();
     tokio::spawn(admin.run(serving.clone()));
+    tokio::spawn(control.run(background.clone()));
     tracing::info!(node = options.node, manifests = %options.manifests.display(), "started");
 
     let giver = Giver::open(
@@ -374,7 +395,6 @@ fn count(
     capture: &Arc<Capture>,
     certificates: &Arc<Certificates>,
     pool: &Arc<Pool>,
-    events: &Arc<EventReporter>,
     http: &Arc<HttpCounters>,
 ) {
     fn labelled(label: &'static str, counters: Vec<(&'static str, u64)>) -> Vec<Labelled<u64>> {
@@ -424,11 +444,26 @@ fn count(
         "HTTP connections that were ended because of a flood, by kind",
         move || labelled("kind", guards.floods()),
     );
-    let events = events.clone();
+}
+
+/// What happened to connections that are kept for HTTP requests.
+fn count_upstreams(telemetry: &Telemetry, upstreams: &Arc<UpstreamPool>) {
+    let upstreams = upstreams.clone();
     telemetry.register_counter(
-        "undermesh_destination_events",
-        "Movements of circuit breakers, and of endpoints out of the balance and back",
-        move || labelled("event", events.counters()),
+        "undermesh_http_upstream_events",
+        "What happened to upstream connections that are kept for HTTP requests",
+        move || {
+            let counters = upstreams.counters();
+            [
+                ("created", counters.created),
+                ("reused", counters.reused),
+                ("overflowed", counters.overflowed),
+                ("expired", counters.expired),
+                ("found_closed", counters.found_closed),
+            ]
+            .map(|(event, count)| Labelled::one("event", event, count))
+            .into()
+        },
     );
 }
 

@@ -291,7 +291,7 @@ pub fn python_server(pod: &PodHandle, name: &str, args: &[&str]) -> Result<Proce
     let args: Vec<&str> = std::iter::once(&*script)
         .chain(args.iter().copied())
         .collect();
-    let mut process = pod.spawn(name, machine::PYTHON, &args)?;
+    let mut process = pod.spawn(name, machine::DEBIAN_PYTHON, &args)?;
     process.until(&format!("{name} to listen"), START, |process| {
         Ok(process.output().lines().any(|line| line == "ready"))
     })?;
@@ -310,7 +310,7 @@ pub fn python_client(pod: &PodHandle, name: &str, args: &[&str]) -> Result<Value
     let args: Vec<&str> = std::iter::once(&*script)
         .chain(args.iter().copied())
         .collect();
-    let output = pod.run(machine::PYTHON, &args)?;
+    let output = pod.run(machine::DEBIAN_PYTHON, &args)?;
     last_json(&output).with_context(|| output.clone())
 }
 

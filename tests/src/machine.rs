@@ -27,6 +27,10 @@ pub const TCPDUMP: Tool = tool("tcpdump", "tcpdump");
 pub const NGINX: Tool = tool("nginx", "nginx-light");
 /// curl.
 pub const CURL: Tool = tool("curl", "curl");
+/// h2load.
+pub const H2LOAD: Tool = tool("h2load", "nghttp2-client");
+/// python3.
+pub const PYTHON: Tool = tool("python3", "python3-minimal");
 /// redis-server.
 pub const REDIS: Tool = tool("redis-server", "redis-server");
 /// redis-cli and redis-benchmark.
@@ -37,8 +41,6 @@ pub const POSTGRES: Tool = tool("pg_ctlcluster", "postgresql");
 pub const PGBENCH: Tool = tool("pgbench", "postgresql");
 /// openssl.
 pub const OPENSSL: Tool = tool("openssl", "openssl");
-/// h2load.
-pub const H2LOAD: Tool = tool("h2load", "nghttp2-client");
 /// wrk.
 pub const WRK: Tool = tool("wrk", "wrk");
 /// iperf3.
@@ -98,13 +100,13 @@ pub fn require(tools: &[Tool]) -> Result<()> {
 }
 
 /// Debian's Python, which has Debian's modules, whatever other one `PATH` has.
-pub const PYTHON: &str = "/usr/bin/python3";
+pub const DEBIAN_PYTHON: &str = "/usr/bin/python3";
 
-/// Makes sure that [`PYTHON`] can import `module`, which `package` of Debian brings.
+/// Makes sure that [`DEBIAN_PYTHON`] can import `module`, which `package` of Debian brings.
 pub fn require_module(module: &str, package: &str) -> Result<()> {
     let imports = || {
         let import = format!("import {module}");
-        let mut python = Command::new(PYTHON);
+        let mut python = Command::new(DEBIAN_PYTHON);
         python.args(["-c", &import]).stderr(Stdio::null());
         python.status().is_ok_and(|status| status.success())
     };
@@ -112,13 +114,13 @@ pub fn require_module(module: &str, package: &str) -> Result<()> {
         return Ok(());
     }
     if !Uid::effective().is_root() || find("apt-get").is_none() {
-        bail!("{PYTHON} cannot import {module}; on Debian: apt-get install {package}");
+        bail!("{DEBIAN_PYTHON} cannot import {module}; on Debian: apt-get install {package}");
     }
     eprintln!("installing from Debian: {package}");
     install(&[package])?;
     ensure!(
         imports(),
-        "package {package} is installed, but {PYTHON} cannot import {module}"
+        "package {package} is installed, but {DEBIAN_PYTHON} cannot import {module}"
     );
     Ok(())
 }

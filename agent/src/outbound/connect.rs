@@ -36,8 +36,6 @@ pub(super) struct Way {
     pub(super) path: Path,
     /// Who is there, where the mesh knows it.
     pub(super) workload: Option<Arc<Workload>>,
-    /// The network namespace that must answer, where it is of this node and enrolled; else 0.
-    pub(super) netns_cookie: u64,
 }
 
 impl Way {
@@ -153,8 +151,6 @@ impl Dialer {
             endpoint: endpoint.address,
             path,
             workload: destination.cloned(),
-            // The way is by what is enrolled here; a pod that left meanwhile has no namespace.
-            netns_cookie: enrolled.map_or(0, |destination| destination.netns_cookie()),
         })
     }
 
@@ -163,6 +159,7 @@ impl Dialer {
     pub(super) async fn open(
         &self,
         pod: &Arc<EnrolledPod>,
+        capture: &Capture,
         way: &Way,
         peer: SocketAddr,
         service: Option<&ObjectName>,
@@ -170,9 +167,12 @@ impl Dialer {
     ) -> Result<Upstream, Failure> {
         match &way.path {
             Path::SameNode => {
+                // The way is by what is enrolled here; a pod that left meanwhile has no namespace.
+                let there = way.workload.as_ref();
+                let there = there.and_then(|workload| capture.enrolled(&workload.uid));
                 let admitted = Dial::Admitted {
                     destination: way.endpoint,
-                    netns_cookie: way.netns_cookie,
+                    netns_cookie: there.map_or(0, |destination| destination.netns_cookie()),
                 };
                 dial(pod, admitted, limit).await.map(Upstream::Socket)
             }

@@ -40,14 +40,14 @@ use opaque::Origin;
 use target::{Target, target};
 
 pub use clock::Clock;
-pub use destinations::{Destinations, EventReporter};
+pub use destinations::Destinations;
 
 /// How often destinations are looked after that nobody asks.
 const MAINTENANCE: Duration = Duration::from_secs(1);
 
 /// How long a client may be silent before it is taken for one whose server speaks first, where the
 /// port does not say what is spoken.
-const SILENCE: Duration = Duration::from_millis(50);
+const SILENCE: Duration = Duration::from_millis(200);
 
 /// Takes captured connections of this node's pods to where they want to go.
 pub struct Outbound {
@@ -260,8 +260,10 @@ impl Outbound {
         };
         connection.established();
         let bytes = connection.bytes().clone();
-        let ended = self.relay(stream, connected, &pod, &bytes).await;
-        connection.close(ended.into());
+        match self.relay(stream, connected, &pod, &bytes).await {
+            Some(ended) => connection.close(ended.into()),
+            None => connection.fail(FailureReason::Idle, &"by the policy of its destination"),
+        }
     }
 
     /// Closes the pod's tunnels and upstream connections when it is gone, as one that is kept would

@@ -14,11 +14,12 @@ use super::destinations::{DestinationId, EndpointId, Reachable, Route, RouteKey,
 use super::target::Target;
 use crate::capture::{Capture, EnrolledPod};
 use crate::mesh::route::{BackendTarget, StreamRule};
-use crate::mesh::{ObjectName, Snapshot, TrafficPolicy};
+use crate::mesh::{ObjectName, Snapshot, StreamTimeouts, TrafficPolicy};
 use crate::relay::{self, Ended, Peer};
 use crate::resilience::breaker::Permit;
 use crate::resilience::destination::{Ask, Attempt};
 use crate::resilience::ejection::SourceId;
+use crate::resilience::limit::{ConcurrencyLimit, Slot};
 use crate::resilience::retry::{Body, Decision, Facts, Method, Nature, Stop};
 use crate::resilience::timeout::Deadline;
 use crate::resilience::{self, Outcome, Retries, Timestamp, Unsent};
@@ -42,10 +43,12 @@ pub(super) struct Origin {
 pub(super) struct Connected {
     upstream: Upstream,
     judged: Option<Judged>,
+    limits: StreamTimeouts,
 }
 
 /// A destination, as one connection may use it.
 struct Bound {
+    connections: Option<Arc<ConcurrencyLimit>>,
     route: Arc<Route>,
     reachable: Reachable,
     policy: Arc<TrafficPolicy>,
@@ -55,6 +58,8 @@ struct Bound {
 struct Judged {
     attempt: Attempt<EndpointId>,
     permit: Permit,
+    /// Its place among the connections that are open.
+    place: Option<Slot>,
 }
 
 impl Outbound {
@@ -73,6 +78,7 @@ impl Outbound {
                 return Ok(Connected {
                     upstream: self.connect_to(origin, snapshot, endpoint).await?,
                     judged: None,
+                    limits: StreamTimeouts::default(),
                 });
             }
         };
@@ -134,6 +140,7 @@ impl Outbound {
         let client = origin.pod.workload();
         Ok(Bound {
             reachable: destination.reachable(&client, source, origin.local, now),
+            connections: destination.connections(),
             route,
             policy,
         })
@@ -147,11 +154,17 @@ impl Outbound {
         bound: &Bound,
     ) -> Result<Connected, Failure> {
         let Bound {
+            connections,
             route,
             reachable,
             policy,
         } = bound;
         let clock = self.destinations.clock();
+        let place = connections.as_ref().map(|places| places.take()).transpose();
+        let place = place.map_err(|_| {
+            let detail = "as many connections as its policy allows are open";
+            Failure::new(FailureReason::Overload, detail)
+        })?;
         let permit = route.breaker.admit(clock.now()).map_err(|open| {
             let detail = format!("{open} for {}", route.breaker.name());
             Failure::new(FailureReason::CircuitOpen, detail)
@@ -180,8 +193,15 @@ impl Outbound {
             let endpoint = attempt.target().clone();
             let failure = match self.connect_to(origin, snapshot, &endpoint).await {
                 Ok(upstream) => {
-                    let judged = Some(Judged { attempt, permit });
-                    return Ok(Connected { upstream, judged });
+                    return Ok(Connected {
+                        upstream,
+                        judged: Some(Judged {
+                            attempt,
+                            permit,
+                            place,
+                        }),
+                        limits: policy.streams,
+                    });
                 }
                 Err(failure) => failure,
             };
@@ -226,20 +246,33 @@ impl Outbound {
         let limit = snapshot.config().connect_timeout;
         let service = origin.target.service();
         self.dialer
-            .open(&origin.pod, &way, origin.peer, service, limit)
+            .open(
+                &origin.pod,
+                &origin.capture,
+                &way,
+                origin.peer,
+                service,
+                limit,
+            )
             .await
     }
 
-    /// Relays to the end of the connection, and tells how the endpoint did.
+    /// Relays to the end of the connection, and tells how the endpoint did. None if it was silent or
+    /// lasted for longer than the policy allows: then it is reset.
     pub(super) async fn relay(
         &self,
         stream: TcpStream,
         connected: Connected,
         pod: &EnrolledPod,
         bytes: &ByteCount,
-    ) -> Ended {
-        let Connected { upstream, judged } = connected;
-        let relay = async {
+    ) -> Option<Ended> {
+        let Connected {
+            upstream,
+            judged,
+            limits,
+        } = connected;
+        // On the heap, and once: it is large, and whatever holds it would be as large again.
+        let relay = Box::pin(async {
             match upstream {
                 Upstream::Socket(upstream) => {
                     relay::relay_tcp(stream, upstream, bytes.into(), pod.gone()).await
@@ -250,6 +283,12 @@ impl Outbound {
                     relay::relay_tunnel(stream, Peer::Downstream, send, receive, counts, pod.gone())
                         .await
                 }
+            }
+        });
+        let relay = async {
+            tokio::select! {
+                ended = relay => Some(ended),
+                () = overdue(&limits, bytes) => None,
             }
         };
         let Some(mut judged) = judged else {
@@ -265,6 +304,7 @@ impl Outbound {
         let Judged {
             mut attempt,
             permit,
+            place: _place,
         } = judged;
         attempt.settle(outcome, clock.now());
         permit.finish(outcome, clock.now());
@@ -276,8 +316,43 @@ impl Outbound {
     }
 }
 
+/// Returns when a connection has been silent, or has lasted, for longer than is allowed. Silence is
+/// noticed up to a quarter later.
+async fn overdue(limits: &StreamTimeouts, bytes: &ByteCount) {
+    let lasted = async {
+        match limits.max_duration {
+            Some(most) => tokio::time::sleep(most).await,
+            None => std::future::pending().await,
+        }
+    };
+    let silent = async {
+        let Some(idle) = limits.idle else {
+            return std::future::pending().await;
+        };
+        let moved = || bytes.sent.load(Ordering::Relaxed) + bytes.received.load(Ordering::Relaxed);
+        let (mut last, mut looks) = (moved(), 0);
+        while looks < LOOKS {
+            tokio::time::sleep(idle / LOOKS).await;
+            looks += 1;
+            if std::mem::replace(&mut last, moved()) != last {
+                looks = 0;
+            }
+        }
+    };
+    tokio::select! {
+        () = lasted => {}
+        () = silent => {}
+    }
+}
+
+/// How often a silent connection is looked at before it is given up.
+const LOOKS: u32 = 4;
+
 /// What the end of a connection says about the endpoint.
-fn outcome(ended: Ended, bytes: &ByteCount) -> Outcome {
+fn outcome(ended: Option<Ended>, bytes: &ByteCount) -> Outcome {
+    let Some(ended) = ended else {
+        return Outcome::Cancelled;
+    };
     let has_answered = bytes.sent.load(Ordering::Relaxed) > 0;
     match ended {
         Ended::InOrder => Outcome::Success,
@@ -313,9 +388,42 @@ mod tests {
             (Ended::Reset(Peer::Downstream), &spoken, Some(Verdict::Good)),
             (Ended::Stopped, &spoken, None),
         ] {
-            let outcome = outcome(ended, bytes);
+            let outcome = outcome(Some(ended), bytes);
             assert_eq!(outcome.of_endpoint(), verdict, "{ended:?}");
             assert_eq!(outcome.of_destination(), verdict, "{ended:?}");
         }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_connection_is_given_up_when_nothing_moves_or_when_it_has_lasted_too_long() {
+        let idle = Duration::from_secs(40);
+        let limits = StreamTimeouts {
+            idle: Some(idle),
+            max_duration: Some(10 * idle),
+            ..StreamTimeouts::default()
+        };
+        let bytes = ByteCount::default();
+        let began = tokio::time::Instant::now();
+        overdue(&limits, &bytes).await;
+        assert_eq!(began.elapsed(), idle);
+
+        let moving = async {
+            loop {
+                tokio::time::sleep(idle / 2).await;
+                bytes.add_sent(1);
+            }
+        };
+        let began = tokio::time::Instant::now();
+        tokio::select! {
+            () = moving => {}
+            () = overdue(&limits, &bytes) => {}
+        }
+        assert_eq!(began.elapsed(), 10 * idle);
+        let unlimited = StreamTimeouts {
+            idle: None,
+            ..StreamTimeouts::default()
+        };
+        let forever = overdue(&unlimited, &bytes);
+        assert!(tokio::time::timeout(100 * idle, forever).await.is_err());
     }
 }

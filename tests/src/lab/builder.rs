@@ -215,7 +215,8 @@ pub struct ServiceSpec {
     name: String,
     namespace: String,
     selector: BTreeMap<String, String>,
-    ports: Vec<(String, u16, u16)>,
+    /// What its name says is spoken, port, target.
+    ports: Vec<(&'static str, u16, u16)>,
 }
 
 impl ServiceSpec {
@@ -247,14 +248,14 @@ impl ServiceSpec {
     /// With a TCP port that leads to `target` of the pods.
     #[must_use]
     pub fn port(mut self, port: u16, target: u16) -> Self {
-        self.ports.push((format!("tcp-{port}"), port, target));
+        self.ports.push(("tcp", port, target));
         self
     }
 
-    /// With a port of HTTP that leads to `target` of the pods.
+    /// The same, for HTTP.
     #[must_use]
     pub fn http(mut self, port: u16, target: u16) -> Self {
-        self.ports.push((format!("http-{port}"), port, target));
+        self.ports.push(("http", port, target));
         self
     }
 
@@ -262,8 +263,8 @@ impl ServiceSpec {
         let ports: Vec<Value> = self
             .ports
             .iter()
-            .map(|(name, port, target)| {
-                json!({"name": name, "port": port, "targetPort": target, "protocol": "TCP"})
+            .map(|(kind, port, target)| {
+                json!({"name": format!("{kind}-{port}"), "port": port, "targetPort": target, "protocol": "TCP"})
             })
             .collect();
         json!({

@@ -133,6 +133,7 @@ impl Agent {
             ("--ca-root", path(authority.root_file())),
             ("--ca-token-file", path(record.dir.join("token"))),
             ("--hand-over-socket", path(self.hand_over_socket())),
+            ("--admin-socket", path(record.dir.join("control/socket"))),
         ]
         .into_iter()
         .fold(vec!["agent".to_owned()], |mut arguments, (name, value)| {

@@ -52,6 +52,8 @@ struct Followed {
     v4: Arc<Balanced>,
     v6: Arc<Balanced>,
     total: Option<Arc<RateLimit>>,
+    /// How many opaque connections may be open, if that is limited.
+    connections: Option<Arc<ConcurrencyLimit>>,
 }
 
 /// The settings that all routes to a destination share.
@@ -62,6 +64,7 @@ struct Shape {
     budget: BudgetSettings,
     total: Option<Rate>,
     locality: Locality,
+    connections: Option<u32>,
 }
 
 /// What a route of a destination has of its own.
@@ -103,6 +106,7 @@ impl Destination {
             v4: shape.balanced(&name, seed, &sink),
             v6: shape.balanced(&name, seed, &sink),
             total: shape.total(now),
+            connections: shape.connections.map(ConcurrencyLimit::new),
             endpoints,
             shape,
         };
@@ -175,6 +179,14 @@ impl Destination {
                 true => now.total.clone(),
                 false => shape.total(time),
             },
+            // Connections that are open still count under another limit.
+            connections: shape.connections.map(|most| match &now.connections {
+                Some(there) => {
+                    there.set(most);
+                    there.clone()
+                }
+                None => ConcurrencyLimit::new(most),
+            }),
             endpoints,
             shape,
         };
@@ -262,6 +274,12 @@ impl Destination {
         route
     }
 
+    /// The limit of opaque connections, if there is one.
+    #[must_use]
+    pub fn connections(&self) -> Option<Arc<ConcurrencyLimit>> {
+        self.now.load().connections.clone()
+    }
+
     /// The routes that were asked for, for status, metrics and operators.
     #[must_use]
     pub fn routes(&self) -> Vec<Arc<Route>> {
@@ -343,6 +361,7 @@ impl Shape {
             budget: settings.budget,
             total: settings.limits.rates.total,
             locality: policy.locality,
+            connections: policy.connections.connections,
         };
         if id.traffic == Traffic::Connections && shape.balance.algorithm == Algorithm::PeakEwma {
             // How long a connection lasts is no latency.

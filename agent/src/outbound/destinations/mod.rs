@@ -5,8 +5,8 @@
 //! Whoever asks for a destination finds it as the newest snapshot has it: a change of endpoints or
 //! policy is applied by whoever sees it first, and by [`Destinations::maintain`] where nobody asks.
 
+mod book;
 mod destination;
-mod events;
 mod name;
 mod reachable;
 
@@ -23,7 +23,6 @@ use crate::resilience::ejection::SourceId;
 use crate::resilience::{EventSink, Timestamp};
 
 pub use destination::{Destination, Route};
-pub use events::EventReporter;
 pub use name::{DestinationId, EndpointId, RouteKey, Traffic};
 pub use reachable::Reachable;
 

@@ -11,7 +11,7 @@ use crate::resilience::limit::{LimitSettings, Rate};
 use crate::resilience::{BreakerSettings, BreakerState, Failure, Outcome};
 use crate::telemetry::testing::workload;
 
-fn id() -> DestinationId {
+pub(super) fn id() -> DestinationId {
     DestinationId {
         service: ObjectName::new("shop", "cart"),
         port: 80,
@@ -19,7 +19,7 @@ fn id() -> DestinationId {
     }
 }
 
-fn endpoint(address: &str, ready: bool) -> Endpoint {
+pub(super) fn endpoint(address: &str, ready: bool) -> Endpoint {
     Endpoint {
         address: address.parse().unwrap(),
         ready,
@@ -27,7 +27,7 @@ fn endpoint(address: &str, ready: bool) -> Endpoint {
     }
 }
 
-fn mesh(endpoints: &[Endpoint]) -> Snapshot {
+pub(super) fn mesh(endpoints: &[Endpoint]) -> Snapshot {
     let mut snapshot = Snapshot::default();
     snapshot.insert_service(Arc::new(Service {
         name: id().service,
@@ -42,7 +42,7 @@ fn mesh(endpoints: &[Endpoint]) -> Snapshot {
     snapshot
 }
 
-fn destinations(snapshot: Snapshot) -> (Arc<Destinations>, SharedSnapshot) {
+pub(super) fn destinations(snapshot: Snapshot) -> (Arc<Destinations>, SharedSnapshot) {
     let shared: SharedSnapshot = Arc::new(ArcSwap::from_pointee(snapshot));
     let destinations =
         Destinations::new(shared.clone(), "node-a", Clock::start(), Arc::new(NoSink));

@@ -20,6 +20,8 @@ mod network;
 mod refusal;
 mod request;
 mod route;
+#[cfg(test)]
+mod tests;
 mod view;
 
 use std::net::SocketAddr;
@@ -137,7 +139,7 @@ impl<N: Network> Client<N> {
         let mut arrived = Arrived::receive(&self, request);
         let routed = match route::route(&self, &view, &mut arrived) {
             Ok(routed) => routed,
-            Err(answer) => return Ok(own(answer, arrived.record)),
+            Err(answer) => return Ok(own(*answer, arrived.record)),
         };
         let mut request = arrived.over(&routed.leg, self.engine.clock().now());
         let asked = self.ask(&view, &routed, &mut request).await;

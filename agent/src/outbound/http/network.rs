@@ -68,7 +68,7 @@ impl Network for PodNetwork {
     ) -> Result<HttpIo, Failure> {
         let dialer = &self.outbound.dialer;
         let upstream = dialer
-            .open(&self.pod, way, self.peer, service, limit)
+            .open(&self.pod, &self.capture, way, self.peer, service, limit)
             .await?;
         Ok(match upstream {
             Upstream::Socket(stream) => stream.into(),

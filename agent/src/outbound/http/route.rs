@@ -87,7 +87,7 @@ pub(super) fn route<N: Network>(
     client: &Client<N>,
     view: &View,
     request: &mut Arrived,
-) -> Result<Routed, Response<ProxyBody>> {
+) -> Result<Routed, Box<Response<ProxyBody>>> {
     let (Some(table), Frontend::Service { service, port }) =
         (view.routes(), &client.caller.frontend)
     else {
@@ -98,7 +98,7 @@ pub(super) fn route<N: Network>(
     };
     let refuse = |request: &mut Arrived, refusal: Refusal| {
         request.record.flag(refusal.flag());
-        refusal.respond(&request.head.headers, &RatesSettings::default())
+        Box::new(refusal.respond(&request.head.headers, &RatesSettings::default()))
     };
     let Some(selected) = table.select(&request.head) else {
         request.record.route(Some(service), None);
@@ -116,7 +116,7 @@ pub(super) fn route<N: Network>(
             .on_request(&mut request.head, matched, frontend)
     {
         request.record.flag(ResponseFlag::DirectResponse);
-        return Err(answer.map(|()| ProxyBody::Empty));
+        return Err(Box::new(answer.map(|()| ProxyBody::Empty)));
     }
     let persistence = rule.session.as_ref();
     let session =
@@ -134,7 +134,8 @@ pub(super) fn route<N: Network>(
                 rule: rule.clone(),
             }),
         };
-        return Err(routed.filtered(refuse(request, Refusal::InvalidBackend)));
+        let answer = refuse(request, Refusal::InvalidBackend);
+        return Err(Box::new(routed.filtered(*answer)));
     };
     let backend_origin = backend.filters.origin(&request.head.headers);
     if let FilterVerdict::Respond(answer) =
@@ -143,7 +144,7 @@ pub(super) fn route<N: Network>(
             .on_request(&mut request.head, matched, frontend)
     {
         request.record.flag(ResponseFlag::DirectResponse);
-        return Err(answer.map(|()| ProxyBody::Empty));
+        return Err(Box::new(answer.map(|()| ProxyBody::Empty)));
     }
     let place = rule
         .backends
