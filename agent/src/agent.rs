@@ -32,7 +32,7 @@ use crate::http::{HttpCounters, UpstreamPool};
 use crate::identity::{
     AuthorityClient, AuthorityClientOptions, Certificates, CertificatesOptions, ClientError,
 };
-use crate::inbound::Inbound;
+use crate::inbound::{HttpService, Inbound};
 use crate::mesh::{MeshConfig, SharedSnapshot, Snapshot};
 use crate::outbound::{Clock, Destinations, Outbound, OutboundParts};
 use crate::resilience::BreakerBook;
@@ -244,6 +244,10 @@ pub async fn run(
             certificates: certificates.clone(),
             telemetry: telemetry.clone(),
             drain: leaving.clone(),
+            http: HttpService {
+                counters: http.clone(),
+                ..HttpService::default()
+            },
         }),
         fairness: fairness.clone(),
         capture: OnceLock::new(),

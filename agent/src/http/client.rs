@@ -60,7 +60,7 @@ impl SendError {
     }
 }
 
-/// A place on an upstream connection for one request. Dropped unused, it goes back to the pool.
+/// A place on an upstream connection for one request. Dropped unused, a HTTP/1 connection is reset.
 pub struct Lease(pub(super) Kind);
 
 pub(super) enum Kind {

@@ -178,32 +178,32 @@ async fn bounded(
 }
 
 async fn peek(stream: &TcpStream) -> io::Result<Protocol> {
-    let mut buffer = [0_u8; SNIFF_BYTES];
     let mut seen = 0;
     loop {
         let ready = stream.ready(Interest::READABLE).await?;
-        let news = stream.try_io(Interest::READABLE, || {
-            let length = recv(stream.as_raw_fd(), &mut buffer, MsgFlags::MSG_PEEK)?;
-            // What was seen before still lies there: only more of it, or its end, is news.
-            if length > seen || length == 0 || ready.is_read_closed() {
-                Ok(length)
-            } else {
-                Err(io::ErrorKind::WouldBlock.into())
-            }
-        });
-        let length = match news {
-            Ok(length) => length,
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => continue,
-            Err(error) => return Err(error),
-        };
-        if let Sniff::Decided(protocol) = sniff(&buffer[..length]) {
-            return Ok(protocol);
-        }
-        if length == seen || length == 0 {
+        let look = || look(stream, seen, ready.is_read_closed());
+        match stream.try_io(Interest::READABLE, look) {
+            Ok((_, Sniff::Decided(protocol))) => return Ok(protocol),
             // The client has ended its side.
-            return Ok(Protocol::Opaque);
+            Ok((length, Sniff::More)) if length == seen || length == 0 => {
+                return Ok(Protocol::Opaque);
+            }
+            Ok((length, Sniff::More)) => seen = length,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Err(error) => return Err(error),
         }
-        seen = length;
+    }
+}
+
+/// How much lies there, and what it says. What was seen before still lies there: only more of it, or
+/// its end, is news.
+fn look(stream: &TcpStream, seen: usize, closed: bool) -> io::Result<(usize, Sniff)> {
+    let mut buffer = [0_u8; SNIFF_BYTES];
+    let length = recv(stream.as_raw_fd(), &mut buffer, MsgFlags::MSG_PEEK)?;
+    if length > seen || length == 0 || closed {
+        Ok((length, sniff(&buffer[..length])))
+    } else {
+        Err(io::ErrorKind::WouldBlock.into())
     }
 }
 

@@ -33,7 +33,8 @@ impl HttpIo {
             return;
         }
         let drained = timeout(LINGER, async {
-            let (mut scratch, mut left) = ([0_u8; 4096], LINGER_BYTES);
+            // On the heap: every connection's future would have room for it otherwise.
+            let (mut scratch, mut left) = (vec![0_u8; 4096], LINGER_BYTES);
             loop {
                 match self.read(&mut scratch).await {
                     Ok(0) => return true,

@@ -38,7 +38,7 @@ pub use pool::{
     Way,
 };
 pub use replay::{Replay, ReplayBody};
-pub use respond::{REASON, is_grpc, own_response};
+pub use respond::{Dialect, REASON, is_grpc, own_response, own_response_in};
 pub use server::{ResetNow, Served, ServedEnd, ServerContext, ServerLimits, Wire, serve_http};
 
 #[cfg(test)]

@@ -197,17 +197,25 @@ impl Upstreams {
         }
     }
 
-    /// Puts a fresh connection to use, as if `get` had made it.
-    pub async fn connect_h1(self: &Arc<Self>, connected: Connected) -> Result<Lease, SendError> {
+    /// Keeps a connection that was made before anybody needed it.
+    pub async fn adopt(self: &Arc<Self>, connected: Connected) -> Result<(), SendError> {
+        match self.protocol {
+            Wire::Http1 => {
+                count(&self.totals.created);
+                self.take_back(new_h1(connected).await?);
+            }
+            Wire::Http2 => drop(self.connect_h2(connected).await?),
+        }
+        Ok(())
+    }
+
+    async fn connect_h1(self: &Arc<Self>, connected: Connected) -> Result<Lease, SendError> {
         count(&self.totals.created);
-        let connection = H1::new(connected)
-            .await
-            .map_err(|error| SendError::Reset(error.into()))?;
+        let connection = new_h1(connected).await?;
         Ok((connection, self.clone()).into())
     }
 
-    /// Adds a fresh HTTP/2 connection.
-    pub async fn connect_h2(self: &Arc<Self>, connected: Connected) -> Result<Lease, SendError> {
+    async fn connect_h2(self: &Arc<Self>, connected: Connected) -> Result<Lease, SendError> {
         count(&self.totals.created);
         let connection = H2::new(connected)
             .await
@@ -359,7 +367,7 @@ impl Upstreams {
             let mut kept = Vec::with_capacity(state.idle.len());
             for mut connection in state.idle.drain(..) {
                 match connection.condition() {
-                    Condition::Free if now < connection.since + self.limits.idle => {
+                    Condition::Free if now.duration_since(connection.since) < self.limits.idle => {
                         kept.push(connection);
                     }
                     Condition::Free | Condition::Ended => expired.push(connection),
@@ -370,7 +378,7 @@ impl Upstreams {
             state.multiplexed.retain(|connection| {
                 let expired = connection
                     .idle_since()
-                    .is_some_and(|since| now >= since + self.limits.idle_h2);
+                    .is_some_and(|since| now.duration_since(since) >= self.limits.idle_h2);
                 if expired {
                     connection.retire();
                     count(&self.totals.expired);
@@ -540,6 +548,11 @@ async fn sweep(pool: Weak<UpstreamPool>) {
                 .retain(|_, upstreams| Arc::strong_count(upstreams) > 1 || !upstreams.is_unused());
         }
     }
+}
+
+async fn new_h1(connected: Connected) -> Result<Box<H1>, SendError> {
+    let made = H1::new(connected).await;
+    made.map_err(|error| SendError::Reset(error.into()))
 }
 
 fn count(counter: &AtomicU64) {

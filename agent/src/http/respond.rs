@@ -5,8 +5,7 @@ use http::{HeaderMap, HeaderValue, Response, StatusCode};
 
 use super::body::ProxyBody;
 
-/// The header that says why an answer is ours: one snake_case word.
-pub const REASON: HeaderName = HeaderName::from_static("x-undermesh-reason");
+pub use crate::telemetry::REASON_HEADER as REASON;
 
 const GRPC_STATUS: HeaderName = HeaderName::from_static("grpc-status");
 const GRPC_MESSAGE: HeaderName = HeaderName::from_static("grpc-message");
@@ -19,15 +18,46 @@ pub fn is_grpc(headers: &HeaderMap) -> bool {
         .is_some_and(|rest| matches!(rest.first(), None | Some(b'+' | b';')))
 }
 
-/// An answer of our own to a request with these headers: for gRPC a 200 with its status in a
-/// trailers-only answer, for others the status with a line of text.
+/// What a client understands an error in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Dialect {
+    /// A status.
+    Http,
+    /// `grpc-status`.
+    Grpc,
+}
+
+impl Dialect {
+    /// That of a request with these headers.
+    #[must_use]
+    pub fn of(request: &HeaderMap) -> Self {
+        if is_grpc(request) {
+            Self::Grpc
+        } else {
+            Self::Http
+        }
+    }
+}
+
+/// An answer of our own to a request with these headers; see [`own_response_in`].
 #[must_use]
 pub fn own_response(
     request: &HeaderMap,
     status: StatusCode,
     reason: &'static str,
 ) -> Response<ProxyBody> {
-    let mut response = if is_grpc(request) {
+    own_response_in(Dialect::of(request), status, reason)
+}
+
+/// An answer of our own: for gRPC a 200 with its status in a trailers-only answer, for others the
+/// status with a line of text. `reason` is one snake_case word.
+#[must_use]
+pub fn own_response_in(
+    dialect: Dialect,
+    status: StatusCode,
+    reason: &'static str,
+) -> Response<ProxyBody> {
+    let mut response = if dialect == Dialect::Grpc {
         let mut response = Response::new(ProxyBody::Empty);
         let headers = response.headers_mut();
         headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/grpc"));

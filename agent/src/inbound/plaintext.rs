@@ -1,10 +1,10 @@
 //! A connection that came to a pod without a tunnel.
 
-use super::Inbound;
 use super::deliver::deliver;
+use super::talk::Talk;
+use super::{Caller, Inbound};
 use crate::capture::Accepted;
 use crate::mesh::{Mode, authorize};
-use crate::relay::relay_tcp;
 use crate::telemetry::{ConnectionInfo, Direction, FailureReason, Party, Security};
 
 impl Inbound {
@@ -38,8 +38,18 @@ impl Inbound {
             Err(failure) => return connection.fail(failure.reason, &failure.detail),
         };
         connection.established();
-        let bytes = connection.bytes().clone();
-        let ended = relay_tcp(stream, app, (&*bytes).into(), pod.gone()).await;
-        connection.close(ended.into());
+        let caller = Caller {
+            identity: None,
+            address: peer,
+        };
+        let talk = Talk {
+            pod: &pod,
+            caller,
+            app: local,
+            security: Security::Plaintext,
+            limit,
+        };
+        let end = self.talk(talk, stream.into(), app, &connection).await;
+        connection.close(end);
     }
 }

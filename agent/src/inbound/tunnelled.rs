@@ -7,13 +7,14 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::Inbound;
 use super::deliver::deliver;
+use super::talk::Talk;
+use super::{Caller, Inbound};
 use crate::capture::{Accepted, EnrolledPod};
 use crate::mesh::{Mode, Snapshot, SpiffeId, authorize};
-use crate::relay::{Ended, Peer, relay_tunnel};
+use crate::relay::{Ended, Peer};
 use crate::telemetry::{ConnectionInfo, Direction, FailureReason, Party, Security};
-use crate::tunnel::{self, Incoming, Refusal, TunnelError, TunnelService};
+use crate::tunnel::{self, Incoming, Refusal, TunnelError, TunnelIo, TunnelService};
 
 /// How long a tunnel waits for its pod's first certificate, as right after enrolment: less than
 /// the peer waits for the handshake, so that it learns of a refusal.
@@ -26,6 +27,11 @@ struct ToPod {
 }
 
 impl Inbound {
+    /// A peer of whom the certificate is known.
+    pub(super) fn party(&self, peer: &SpiffeId, address: SocketAddr) -> Party {
+        source(&self.snapshot.load(), peer, address)
+    }
+
     /// Serves one tunnel to its end.
     pub async fn serve_tunnel(self: Arc<Self>, accepted: Accepted) {
         let Accepted {
@@ -109,11 +115,7 @@ async fn serve_stream(inbound: Arc<Inbound>, pod: Arc<EnrolledPod>, incoming: In
     let app = incoming.authority;
     let connection = inbound.telemetry.open(ConnectionInfo {
         direction: Direction::Inbound,
-        source: source(
-            &inbound.snapshot.load(),
-            &incoming.peer,
-            incoming.peer_address,
-        ),
+        source: inbound.party(&incoming.peer, incoming.peer_address),
         destination: Party::of(&workload, app),
         service: None,
         security: Security::MutualTls,
@@ -139,15 +141,25 @@ async fn serve_stream(inbound: Arc<Inbound>, pod: Arc<EnrolledPod>, incoming: In
             return connection.fail(failure.reason, &failure.detail);
         }
     };
+    let caller = Caller {
+        identity: Some(incoming.peer.clone()),
+        address: incoming.peer_address,
+    };
     let (send, receive) = match incoming.accept(None) {
         Ok(halves) => halves,
         Err(_) => return connection.close(Ended::Reset(Peer::Downstream).into()),
     };
     connection.established();
-    let bytes = connection.bytes().clone();
-    let counts = (&*bytes).into();
-    let ended = relay_tunnel(socket, Peer::Upstream, send, receive, counts, pod.gone()).await;
-    connection.close(ended.into());
+    let talk = Talk {
+        pod: &pod,
+        caller,
+        app,
+        security: Security::MutualTls,
+        limit,
+    };
+    let client = TunnelIo::new(send, receive).into();
+    let end = inbound.talk(talk, client, socket, &connection).await;
+    connection.close(end);
 }
 
 /// The peer by its certificate. Its pod's name is taken from the address only if the pod there has

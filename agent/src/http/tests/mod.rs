@@ -128,7 +128,7 @@ async fn forward(
         side: Side::Source,
     };
     let id = RequestId::of(&head.headers);
-    let asked = head.headers.clone();
+    let dialect = Dialect::of(&head.headers);
     to_upstream(&mut head, &client, &id);
     let replay = Replay::new(body, 64 * 1024);
     let answer = async {
@@ -144,8 +144,8 @@ async fn forward(
             Ok(::http::Response::from_parts(head, body.into()))
         }
         Err(SendError::BodyEnded(_)) => Err(ResetNow),
-        Err(error) => Ok(own_response(
-            &asked,
+        Err(error) => Ok(own_response_in(
+            dialect,
             StatusCode::BAD_GATEWAY,
             match error {
                 SendError::NeverSent(_) => "never_sent",

@@ -1,6 +1,7 @@
 //! Tunnels end to end: real TLS and HTTP/2, over memory and over loopback.
 
 mod keeping;
+mod reading;
 mod serving;
 mod streams;
 

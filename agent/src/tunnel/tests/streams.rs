@@ -4,7 +4,7 @@ use super::*;
 use crate::tunnel::limits::{SEND_BUFFER, STREAM_WINDOW};
 
 /// Both ends of one connection.
-async fn pair() -> (Tunnelled, (TunnelSend, TunnelReceive), (Client, Arc<Pod>)) {
+pub(super) async fn pair() -> (Tunnelled, (TunnelSend, TunnelReceive), (Client, Arc<Pod>)) {
     let mesh = Mesh::new();
     let held = Held::default();
     let pod = Pod::new(&mesh, held.service());

@@ -1,0 +1,124 @@
+//! What a connection to an app speaks.
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use tokio::net::TcpStream;
+
+use crate::http::{Hint, HttpIo, Protocol, Wire, detect, detect_tunnel, hint};
+use crate::mesh::{Snapshot, Workload};
+
+/// How long a client that has said nothing that can be told apart is waited for, where no hint says
+/// what it speaks. An app that speaks first ends the wait at once, so only a client that is slow with
+/// its very first bytes is affected: it is served as an opaque stream.
+const SILENCE: Duration = Duration::from_secs(1);
+
+/// What the Services in front of a pod's port say about it, else the port's own name.
+pub(super) fn hint_for(snapshot: &Snapshot, workload: &Workload, app: SocketAddr) -> Hint {
+    let services = snapshot.services_of(&workload.uid);
+    let of_service = services
+        .iter()
+        .flat_map(|service| &service.ports)
+        .filter(|port| port.endpoints.iter().any(|one| one.address == app))
+        .map(|port| hint(port.app_protocol.as_deref(), &port.name, false))
+        .find(|hint| *hint != Hint::None);
+    of_service.unwrap_or_else(|| {
+        let mut named = workload.named_ports.iter();
+        let name = named.find(|(_, port)| **port == app.port());
+        name.map_or(Hint::None, |(name, _)| hint(None, name, false))
+    })
+}
+
+/// Which HTTP a client speaks to an app; none if it is something else, or nobody can tell. An error
+/// is the client's connection's.
+pub(super) async fn recognize(
+    client: &mut HttpIo,
+    app: &TcpStream,
+    hint: Hint,
+) -> std::io::Result<Option<Wire>> {
+    let looking = async {
+        match client {
+            HttpIo::Socket(socket) => detect(socket, hint, SILENCE).await,
+            HttpIo::Tunnel(tunnel) => detect_tunnel(tunnel, hint, SILENCE).await,
+        }
+    };
+    let protocol = tokio::select! {
+        biased;
+        protocol = looking => protocol?,
+        // It speaks first, or has gone: no server of HTTP does so.
+        _ = app.readable() => return Ok(None),
+    };
+    Ok(match protocol {
+        Protocol::Http1 => Some(Wire::Http1),
+        Protocol::Http2 => Some(Wire::Http2),
+        Protocol::Tls { .. } | Protocol::Opaque => None,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use tokio::io::AsyncWriteExt;
+    use tokio::net::TcpListener;
+
+    use super::*;
+    use crate::mesh::{Endpoint, ObjectName, Service, ServicePort};
+    use crate::telemetry::testing::workload;
+
+    async fn pair() -> (TcpStream, TcpStream) {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let (near, far) = tokio::join!(TcpStream::connect(address), listener.accept());
+        (near.unwrap(), far.unwrap().0)
+    }
+
+    #[tokio::test]
+    async fn an_app_that_speaks_first_is_not_kept_waiting_for() {
+        let (_client, accepted) = pair().await;
+        let (near_app, mut app) = pair().await;
+        app.write_all(b"220 ready\r\n").await.unwrap();
+        let before = std::time::Instant::now();
+        let wire = recognize(&mut accepted.into(), &near_app, Hint::None).await;
+        assert_eq!(wire.unwrap(), None);
+        assert!(before.elapsed() < SILENCE / 2);
+    }
+
+    #[tokio::test]
+    async fn a_client_that_speaks_http_is_recognized() {
+        let (mut client, accepted) = pair().await;
+        let (near_app, _app) = pair().await;
+        client.write_all(b"GET / HTTP/1.1\r\n").await.unwrap();
+        let wire = recognize(&mut accepted.into(), &near_app, Hint::None).await;
+        assert_eq!(wire.unwrap(), Some(Wire::Http1));
+    }
+
+    #[test]
+    fn a_services_word_on_a_port_comes_before_the_pods_own() {
+        let mut snapshot = Snapshot::default();
+        let mut cart = (*workload("cart", "10.0.0.2")).clone();
+        cart.named_ports.insert("http-api".to_owned(), 8080);
+        let cart = Arc::new(cart);
+        snapshot.insert_workload(cart.clone());
+        let app = "10.0.0.2:8080".parse().unwrap();
+        assert_eq!(hint_for(&snapshot, &cart, app), Hint::Http);
+        let endpoint = Endpoint {
+            address: app,
+            ready: true,
+            workload: Some(cart.uid.clone()),
+        };
+        snapshot.insert_service(Arc::new(Service {
+            name: ObjectName::new("shop", "cart"),
+            vips: Vec::new(),
+            ports: vec![ServicePort {
+                name: "db".into(),
+                port: 80,
+                app_protocol: Some("tcp".into()),
+                endpoints: Arc::new([endpoint]),
+            }],
+        }));
+        assert_eq!(hint_for(&snapshot, &cart, app), Hint::Opaque);
+        let other = "10.0.0.2:9090".parse().unwrap();
+        assert_eq!(hint_for(&snapshot, &cart, other), Hint::None);
+    }
+}
