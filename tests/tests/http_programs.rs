@@ -145,7 +145,7 @@ fn ten_thousand_requests_go_through_a_rollout_without_one_failure() -> Result<()
     let load = LoadOptions::new(lab.service("api", PORT)?)
         .rate(1250)
         .connections(32)
-        .during(Duration::from_secs(8));
+        .requests(10_000);
     let load = lab.pod("client")?.start_load(&load)?;
     wait::pause(Duration::from_secs(1))?;
     let mut new = Vec::new();
@@ -162,10 +162,9 @@ fn ten_thousand_requests_go_through_a_rollout_without_one_failure() -> Result<()
         server.stop(LIMIT)?;
         lab.remove_pod(name)?;
     }
-    let report = load.finish(LIMIT)?;
+    let report = load.finish(2 * LIMIT)?;
     assert_eq!(report.failed(), 0, "{report:?}");
-    assert_eq!(report.sent + report.unsent, 10_000, "{report:?}");
-    assert!(report.sent > 9_900, "the client was too slow: {report:?}");
+    assert_eq!((report.sent, report.ok), (10_000, 10_000), "{report:?}");
     for server in &new {
         let report = server.report()?;
         assert!(report.received > 500, "{report:?}");
@@ -206,10 +205,15 @@ fn a_server_that_misbehaves_is_reported_for_what_it_did_and_never_completed() ->
             assert!(!reason.is_empty(), "{service}{path}: {answer}");
             assert_eq!(exit, 0, "{service}{path}: {answer}");
         }
-        // What is cut after it began must not look whole: curl says 18 (partial) or 56 (reset).
+        // What is cut after it began must not look whole: curl says 18 (partial) or 56 (reset), unless the reset has
+        // overtaken the head of the answer on its way, and the mesh says what it was.
         for path in ["/half-then-fin", "/half-then-reset", "/chunked-cut"] {
             let (answer, exit) = seen(path)?;
-            assert!([18, 56].contains(&exit), "{service}{path}: {answer} {exit}");
+            let told = answer == "502 upstream_reset" && exit == 0;
+            assert!(
+                told || [18, 56].contains(&exit),
+                "{service}{path}: {answer} {exit}"
+            );
         }
         // The client's own patience, curl's 28.
         assert_eq!(seen("/hang")?.1, 28, "{service}");

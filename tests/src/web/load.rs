@@ -67,7 +67,7 @@ impl Load {
         let mut report = counts.0.clone();
         report.latency = counts.1.summary();
         report.finished = finished;
-        if self.options.rate > 0 {
+        if self.options.rate > 0 && self.options.requests.is_none() {
             let elapsed = Instant::now().min(self.end) - self.start;
             let due = u128::from(self.options.rate) * elapsed.as_micros() / 1_000_000;
             report.unsent = u64::try_from(due)
@@ -102,14 +102,16 @@ impl Load {
 
     /// When the next request is due; `None` when all have been sent.
     fn due(&self) -> Option<Instant> {
+        let number = self.next.fetch_add(1, Ordering::Relaxed);
         let due = match self.options.rate {
             0 => Instant::now(),
-            rate => {
-                let number = self.next.fetch_add(1, Ordering::Relaxed);
-                self.start + Duration::from_secs_f64(number as f64 / f64::from(rate))
-            }
+            rate => self.start + Duration::from_secs_f64(number as f64 / f64::from(rate)),
         };
-        (due < self.end && Instant::now() < self.end).then_some(due)
+        let goes_on = match self.options.requests {
+            Some(requests) => number < requests,
+            None => due < self.end && Instant::now() < self.end,
+        };
+        goes_on.then_some(due)
     }
 
     async fn once(&self, connection: &mut Option<Connection>) -> Result<Answer> {
