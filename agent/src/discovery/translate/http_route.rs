@@ -7,7 +7,6 @@ use http::Method;
 use serde::Deserialize;
 
 use super::super::object::Fault;
-use super::parse_duration;
 use super::route::{
     BackendManifest, RULES_MAX, RouteFacts, RouteRules, RuleFacts, RuleNames, at_most, backends,
     check_rules, created, identify, note_on_hostnames, note_on_weights, parents, reread,
@@ -15,6 +14,7 @@ use super::route::{
 use super::route_filter::{FilterFacts, FilterManifest, PATH_MAX, check_path};
 use super::route_match::{HeaderMatchManifest, MatchKind, header_matches, pattern};
 use super::route_session::{SessionManifest, session};
+use crate::mesh::parse_duration;
 use crate::mesh::route::{
     PathMatch, QueryMatch, RequestMatch, RouteId, RouteKind, RouteRetry, RouteTimeouts,
     TargetMatch, ValueMatch,
