@@ -4,6 +4,7 @@ mod build;
 mod cluster;
 mod debian;
 mod demo;
+mod fuzz;
 mod lab;
 mod programs;
 mod report;
@@ -31,6 +32,8 @@ enum Command {
     Build(build::Options),
     /// Two simulated nodes with an agent each, and real programs that talk through them.
     Demo(demo::Options),
+    /// Every parser of our own against inputs that nobody meant.
+    Fuzz(fuzz::Options),
     /// Two simulated nodes to drive by hand.
     Lab(lab::Options),
     /// Failures under the resilience of Undermesh and of others, simulated.
@@ -42,7 +45,7 @@ enum Command {
 }
 
 fn main() -> ExitCode {
-    let outcome = run(&Arguments::parse().command);
+    let outcome = fuzz::as_rustc().unwrap_or_else(|| run(&Arguments::parse().command));
     outcome.unwrap_or_else(|error| {
         eprintln!("error: {error:#}");
         ExitCode::FAILURE
@@ -54,6 +57,7 @@ fn run(command: &Command) -> Result<ExitCode> {
     match command {
         Command::Build(options) => build::run(options).map(|()| ExitCode::SUCCESS),
         Command::Demo(options) => demo::run(options),
+        Command::Fuzz(options) => fuzz::run(options),
         Command::Lab(options) => lab::run(options),
         Command::Simulate(options) => simulate::run(options),
         Command::Scenario(options) => scenario::run(options),
