@@ -5,6 +5,7 @@ mod cluster;
 mod crds;
 mod debian;
 mod demo;
+mod fuzz;
 mod kernels;
 mod lab;
 mod programs;
@@ -35,6 +36,8 @@ enum Command {
     Crds,
     /// Two simulated nodes with an agent each, and real programs that talk through them.
     Demo(demo::Options),
+    /// Every parser of our own against inputs that nobody meant.
+    Fuzz(fuzz::Options),
     /// Two simulated nodes to drive by hand.
     Lab(lab::Options),
     /// Failures under the resilience of Undermesh and of others, simulated.
@@ -46,7 +49,7 @@ enum Command {
 }
 
 fn main() -> ExitCode {
-    let outcome = run(&Arguments::parse().command);
+    let outcome = fuzz::as_rustc().unwrap_or_else(|| run(&Arguments::parse().command));
     outcome.unwrap_or_else(|error| {
         eprintln!("error: {error:#}");
         ExitCode::FAILURE
@@ -59,6 +62,7 @@ fn run(command: &Command) -> Result<ExitCode> {
         Command::Build(options) => build::run(options).map(|()| ExitCode::SUCCESS),
         Command::Crds => crds::run().map(|()| ExitCode::SUCCESS),
         Command::Demo(options) => demo::run(options),
+        Command::Fuzz(options) => fuzz::run(options),
         Command::Lab(options) => lab::run(options),
         Command::Simulate(options) => simulate::run(options),
         Command::Scenario(options) => scenario::run(options),

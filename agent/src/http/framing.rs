@@ -46,7 +46,9 @@ enum State {
     /// Before the first byte of a head; empty lines may come before it (RFC 9112 §2.2).
     #[default]
     Between,
-    /// In a head.
+    /// In the first line of a head, which has not arrived whole.
+    FirstLine,
+    /// In a head, after its first line.
     Head,
     /// In a body, with so many bytes to come.
     Body(u64),
@@ -81,7 +83,7 @@ impl Framing {
     /// Whether a head has begun and not ended.
     #[must_use]
     pub fn is_in_head(&self) -> bool {
-        self.state == State::Head
+        matches!(self.state, State::FirstLine | State::Head)
     }
 
     /// Number of the request that it is in, or before.
@@ -105,10 +107,14 @@ impl Framing {
                 State::Chunk(left) => {
                     bytes = self.skip(bytes, left, State::Chunk, State::ChunkSize)
                 }
-                State::Between | State::Head | State::ChunkSize | State::Trailers => {
+                State::Between
+                | State::FirstLine
+                | State::Head
+                | State::ChunkSize
+                | State::Trailers => {
                     let Some(end) = bytes.iter().position(|byte| *byte == b'\n') else {
                         if self.state == State::Between && bytes.iter().any(|byte| *byte != b'\r') {
-                            self.state = State::Head;
+                            self.state = State::FirstLine;
                         }
                         self.keep(bytes);
                         return;
@@ -161,8 +167,8 @@ impl Framing {
     fn line_ended(&mut self, line: &[u8]) {
         match self.state {
             State::Between if line.is_empty() => {}
-            State::Between => self.state = State::Head,
             // What the first line says does not decide about the body.
+            State::Between | State::FirstLine => self.state = State::Head,
             State::Head if line.is_empty() => self.head_ended(),
             State::Head => self.field(line),
             State::ChunkSize => match chunk_size(line) {
@@ -296,6 +302,12 @@ mod tests {
             assert_eq!(walk(bytes.as_bytes(), part), whole, "in parts of {part}");
         }
         whole
+    }
+
+    #[test]
+    fn a_first_line_is_no_field_however_it_arrives() {
+        let request = "Transfer-Encoding: chunked\r\nHost: a\r\n\r\nno chunk\r\n\r\n";
+        assert_eq!(found(request), (None, 2));
     }
 
     #[test]

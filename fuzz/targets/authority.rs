@@ -1,0 +1,15 @@
+//! `Host` and `:authority`: what passes is an authority to a parser that is not ours, with nobody's name before it.
+#![no_main]
+
+use http::uri::Authority;
+use libfuzzer_sys::fuzz_target;
+use undermesh::http::check_authority;
+
+fuzz_target!(|bytes: &[u8]| {
+    if check_authority(bytes) {
+        match Authority::try_from(bytes) {
+            Ok(authority) => assert!(!authority.as_str().contains('@'), "{authority}"),
+            Err(error) => panic!("{bytes:?} passed: {error}"),
+        }
+    }
+});
