@@ -1,5 +1,6 @@
 //! Everything a developer of Undermesh runs.
 
+mod bench;
 mod build;
 mod cluster;
 mod debian;
@@ -27,6 +28,8 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum Command {
+    /// Measure what Undermesh costs, beside no proxy and beside Envoy.
+    Bench(bench::Options),
     /// Build the kernel programs and the agent that embeds them.
     Build(build::Options),
     /// Two simulated nodes with an agent each, and real programs that talk through them.
@@ -52,6 +55,7 @@ fn main() -> ExitCode {
 fn run(command: &Command) -> Result<ExitCode> {
     ctrlc::set_handler(interrupt::interrupt)?;
     match command {
+        Command::Bench(options) => bench::run(options),
         Command::Build(options) => build::run(options).map(|()| ExitCode::SUCCESS),
         Command::Demo(options) => demo::run(options),
         Command::Lab(options) => lab::run(options),

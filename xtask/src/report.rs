@@ -106,7 +106,7 @@ pub fn write(file: &Path, value: &impl Serialize) -> Result<()> {
 }
 
 /// The commit that was built, with `-dirty` where the tree differs from it.
-fn commit() -> String {
+pub fn commit() -> String {
     let git = |arguments: &[&str]| {
         let output = Command::new("git")
             .current_dir(build::workspace())

@@ -69,7 +69,7 @@ pub async fn run(options: ClientOptions) -> Result<bool> {
 }
 
 /// Returns at SIGTERM or SIGINT.
-pub(super) async fn asked_to_stop() -> io::Result<()> {
+pub(crate) async fn asked_to_stop() -> io::Result<()> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     tokio::select! {

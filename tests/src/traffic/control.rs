@@ -22,7 +22,7 @@ pub fn query<R: DeserializeOwned>(path: &Path) -> Result<R> {
 }
 
 /// Listens at once, so that the path is there when this returns, and answers from then on.
-pub(super) fn listen<R: Serialize + Send + 'static>(
+pub(crate) fn listen<R: Serialize + Send + 'static>(
     path: PathBuf,
     report: Arc<dyn Fn() -> R + Send + Sync>,
 ) -> Result<()> {

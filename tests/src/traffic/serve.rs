@@ -86,7 +86,8 @@ fn lock(report: &Shared) -> MutexGuard<'_, ServerReport> {
     report.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-fn listen(port: u16) -> io::Result<TcpListener> {
+/// Listens on IPv4 and IPv6.
+pub(crate) fn listen(port: u16) -> io::Result<TcpListener> {
     let socket = bind(Type::STREAM, Protocol::TCP, port)?;
     socket.listen(BACKLOG)?;
     TcpListener::from_std(socket.into())
