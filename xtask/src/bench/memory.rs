@@ -3,10 +3,10 @@
 use std::time::Duration;
 
 use anyhow::Result;
-use undermesh_lab::envoy::Envoy;
 use undermesh_lab::process::Process;
-use undermesh_lab::{Binaries, wait};
+use undermesh_lab::wait;
 
+use super::Builds;
 use super::lines::Lines;
 use super::rows::{Figure, MEMORY_PROXIES, Proxy};
 use super::stage::{self, Stage};
@@ -18,9 +18,10 @@ pub struct Extent {
     pub given_back: Duration,
 }
 
-/// So many as two processes that hold both ends of each can open with 20,000 descriptors.
+/// Where processes may have 20,000 descriptors, the agent lets one pod have 9,488 connections, tunnels
+/// included.
 pub const FULL: Extent = Extent {
-    steps: &[1000, 9500],
+    steps: &[1000, 9300],
     given_back: Duration::from_secs(60),
 };
 
@@ -29,7 +30,9 @@ pub const QUICK: Extent = Extent {
     given_back: Duration::from_secs(20),
 };
 
-/// After the start, and after connections are open: for what is still being tidied up.
+/// After the start: allocators keep what was freed for some seconds.
+const STARTED: Duration = Duration::from_secs(15);
+/// After connections are open: for what is still being tidied up.
 const SETTLE: Duration = Duration::from_secs(2);
 
 /// What is known of one proxy when its connections have been closed.
@@ -42,21 +45,14 @@ struct Held {
 /// Measures all proxies, each in fresh processes; they are waited for together.
 pub fn run(
     lines: &mut Lines,
-    binaries: &Binaries,
-    envoy: Result<&Envoy, &str>,
+    builds: &Builds,
     extent: &Extent,
+    takes: impl Fn(Proxy) -> bool,
 ) -> Result<()> {
     let mut held = Vec::new();
-    for &proxy in MEMORY_PROXIES {
-        let envoy = match (proxy.envoy(), &envoy) {
-            (None, _) => None,
-            (Some(_), Ok(envoy)) => Some(*envoy),
-            (Some(_), Err(reason)) => {
-                lines.lost_memory(proxy, reason);
-                continue;
-            }
-        };
-        match hold(lines, proxy, binaries, envoy, extent) {
+    let all = MEMORY_PROXIES.iter().chain(&[Proxy::Former]).copied();
+    for proxy in all.filter(|&proxy| takes(proxy) && builds.has(proxy)) {
+        match hold(lines, proxy, builds, extent) {
             Ok(one) => held.push((proxy, one)),
             Err(error) => {
                 undermesh_lab::interrupt::check()?;
@@ -80,16 +76,10 @@ pub fn run(
     Ok(())
 }
 
-fn hold(
-    lines: &mut Lines,
-    proxy: Proxy,
-    binaries: &Binaries,
-    envoy: Option<&Envoy>,
-    extent: &Extent,
-) -> Result<Held> {
-    let stage = Stage::build(proxy, binaries, envoy, "m")?;
+fn hold(lines: &mut Lines, proxy: Proxy, builds: &Builds, extent: &Extent) -> Result<Held> {
+    let stage = builds.stage(proxy, "m")?;
     stage.warm()?;
-    wait::pause(SETTLE)?;
+    wait::pause(STARTED)?;
     let before = stage.resident_bytes()?;
     lines.add_memory(proxy, 0, Figure::Resident(0), mib(before));
     println!("  {:<12} {:>8.1} MiB", proxy.name(), mib(before));

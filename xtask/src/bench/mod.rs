@@ -18,7 +18,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, ensure};
+use anyhow::{Result, bail, ensure};
 use clap::Args;
 use serde_json::{Map, Value, json};
 use undermesh_lab::envoy::Envoy;
@@ -42,6 +42,9 @@ pub struct Options {
     /// Only these proxies.
     #[arg(long, value_name = "NAME", num_args = 1.., value_delimiter = ',')]
     proxy: Vec<String>,
+    /// Measures, in turn with all others, the agent of another build: the folder of its programs.
+    #[arg(long, value_name = "DIR")]
+    former: Option<PathBuf>,
     /// Repetitions of each load.
     #[arg(long, value_name = "N")]
     repetitions: Option<usize>,
@@ -73,6 +76,33 @@ impl Options {
     }
 }
 
+/// The programs that are compared.
+pub struct Builds {
+    current: Binaries,
+    former: Option<Binaries>,
+    envoy: Result<Envoy, String>,
+}
+
+impl Builds {
+    /// Who can be measured at all.
+    fn has(&self, proxy: Proxy) -> bool {
+        proxy != Proxy::Former || self.former.is_some()
+    }
+
+    fn stage(&self, proxy: Proxy, tag: &str) -> Result<Stage> {
+        let envoy = match (proxy.envoy(), &self.envoy) {
+            (None, _) => None,
+            (Some(_), Ok(envoy)) => Some(envoy),
+            (Some(_), Err(reason)) => bail!("{reason}"),
+        };
+        let binaries = match (proxy, &self.former) {
+            (Proxy::Former, Some(former)) => former,
+            _ => &self.current,
+        };
+        Stage::build(proxy, binaries, envoy, tag)
+    }
+}
+
 /// What was measured with.
 pub struct Versions {
     pub envoy: String,
@@ -92,7 +122,12 @@ pub fn run(options: &Options) -> Result<ExitCode> {
     let envoy = Envoy::find_or_install(&build::workspace().join("target/envoy"));
     let envoy = envoy.map_err(|error| format!("{error:#}"));
     let mut lines = Lines::default();
-    measure(options, &mut lines, &binaries, envoy.as_ref())?;
+    let builds = Builds {
+        current: binaries,
+        former: options.former.as_deref().map(Binaries::in_dir),
+        envoy,
+    };
+    measure(options, &mut lines, &builds)?;
     if options.chosen(MEMORY) {
         println!("{MEMORY}: idle connections, cross-node");
         let extent = if options.quick {
@@ -100,12 +135,14 @@ pub fn run(options: &Options) -> Result<ExitCode> {
         } else {
             &memory::FULL
         };
-        let envoy = envoy.as_ref().map_err(String::as_str);
-        memory::run(&mut lines, &binaries, envoy, extent)?;
+        memory::run(&mut lines, &builds, extent, |proxy| options.takes(proxy))?;
     }
     let ratios = ratios::compare(&lines, |row| options.chosen(row));
     let versions = Versions {
-        envoy: envoy
+        envoy: builds
+            .envoy
+            .as_ref()
+            .map_err(String::clone)
             .and_then(|envoy| envoy.version().map_err(|error| error.to_string()))
             .unwrap_or_else(|reason| format!("none: {reason}")),
         cpu: machine::processor(),
@@ -115,18 +152,14 @@ pub fn run(options: &Options) -> Result<ExitCode> {
 }
 
 /// Every load: each proxy in its turn, and the other way round in every other repetition.
-fn measure(
-    options: &Options,
-    lines: &mut Lines,
-    binaries: &Binaries,
-    envoy: Result<&Envoy, &String>,
-) -> Result<()> {
+fn measure(options: &Options, lines: &mut Lines, builds: &Builds) -> Result<()> {
     let mut stages: BTreeMap<Proxy, Stage> = BTreeMap::new();
     for row in ROWS.iter().filter(|row| options.chosen(row.id)) {
         println!("{}: {}, {}", row.id, row.about, row.path.name());
         let mut proxies = Vec::new();
-        for &proxy in row.proxies.iter().filter(|&&proxy| options.takes(proxy)) {
-            match ready(&mut stages, row, proxy, binaries, envoy) {
+        let all = row.proxies.iter().chain(&[Proxy::Former]).copied();
+        for proxy in all.filter(|&proxy| options.takes(proxy) && builds.has(proxy)) {
+            match ready(&mut stages, row, proxy, builds) {
                 Ok(()) => proxies.push(proxy),
                 Err(error) => {
                     interrupt::check()?;
@@ -151,7 +184,7 @@ fn measure(
             }
             proxies.reverse();
             if repetition + 1 == options.repetitions() {
-                for &proxy in row.proxies {
+                for proxy in Proxy::ALL {
                     show(lines, row, proxy);
                 }
             }
@@ -165,17 +198,12 @@ fn ready(
     stages: &mut BTreeMap<Proxy, Stage>,
     row: &Row,
     proxy: Proxy,
-    binaries: &Binaries,
-    envoy: Result<&Envoy, &String>,
+    builds: &Builds,
 ) -> Result<()> {
     if let Entry::Vacant(place) = stages.entry(proxy) {
-        let envoy = match proxy.envoy() {
-            None => None,
-            Some(_) => Some(envoy.map_err(|reason| anyhow::anyhow!("{reason}"))?),
-        };
-        place.insert(Stage::build(proxy, binaries, envoy, "")?);
+        place.insert(builds.stage(proxy, "")?);
     }
-    if proxy == Proxy::Undermesh
+    if proxy.meshed()
         && row.layer == Layer::Http
         && let Some(stage) = stages.get(&proxy)
     {

@@ -11,15 +11,18 @@ pub enum Proxy {
     EnvoyTcp,
     EnvoyHbone,
     EnvoyHttp,
+    /// Undermesh of another build, to see what a change does.
+    Former,
 }
 
 impl Proxy {
-    pub const ALL: [Self; 5] = [
+    pub const ALL: [Self; 6] = [
         Self::Direct,
         Self::Undermesh,
         Self::EnvoyTcp,
         Self::EnvoyHbone,
         Self::EnvoyHttp,
+        Self::Former,
     ];
 
     /// With Envoy's configuration.
@@ -30,6 +33,7 @@ impl Proxy {
             Self::EnvoyTcp => "envoy-tcp",
             Self::EnvoyHbone => "envoy-hbone",
             Self::EnvoyHttp => "envoy-http",
+            Self::Former => "former",
         }
     }
 
@@ -38,13 +42,19 @@ impl Proxy {
         match self {
             Self::Direct => "direct",
             Self::Undermesh => "undermesh",
+            Self::Former => "former",
             Self::EnvoyTcp | Self::EnvoyHbone | Self::EnvoyHttp => "envoy",
         }
     }
 
+    /// Whether the nodes have agents.
+    pub fn meshed(self) -> bool {
+        matches!(self, Self::Undermesh | Self::Former)
+    }
+
     pub fn envoy(self) -> Option<Protocol> {
         match self {
-            Self::Direct | Self::Undermesh => None,
+            Self::Direct | Self::Undermesh | Self::Former => None,
             Self::EnvoyTcp => Some(Protocol::Tcp),
             Self::EnvoyHbone => Some(Protocol::Hbone),
             Self::EnvoyHttp => Some(Protocol::Http),

@@ -107,7 +107,7 @@ impl Stage {
         envoy: Option<&Envoy>,
         tag: &str,
     ) -> Result<Self> {
-        let meshed = proxy == Proxy::Undermesh;
+        let meshed = proxy.meshed();
         let pod = |name: &str, side| {
             let pod = PodSpec::new(name).on(side);
             if meshed { pod } else { pod.outside() }
@@ -186,7 +186,7 @@ impl Stage {
     fn pids(&self, path: Path) -> Result<Vec<i32>> {
         match self.proxy {
             Proxy::Direct => Ok(Vec::new()),
-            Proxy::Undermesh => {
+            Proxy::Undermesh | Proxy::Former => {
                 let sides: &[Side] = match path {
                     Path::SameNode => &[Side::A],
                     Path::CrossNode => &Side::ALL,
@@ -263,7 +263,7 @@ impl Stage {
 
     fn seen(&self, row: &Row) -> Result<Option<Figures>> {
         // What HTTP counts is for others to know: requests of one connection may take several ways.
-        if self.proxy != Proxy::Undermesh || row.layer == Layer::Http {
+        if !self.proxy.meshed() || row.layer == Layer::Http {
             return Ok(None);
         }
         Figures::read(&self.lab).map(Some)
