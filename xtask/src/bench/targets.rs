@@ -43,6 +43,8 @@ impl Target {
             Bound::AtLeast(bound) => (">=", bound),
             Bound::AtMost(bound) => ("<=", bound),
         };
+        // Three digits: some bounds are quotients.
+        let bound = (bound * 1e3).round() / 1e3;
         match self.against {
             Against::Proxy(proxy) => format!("{sign} {bound} x {}", proxy.name()),
             Against::Itself => format!("{sign} {bound} {}", self.figure.unit()),
