@@ -6,6 +6,7 @@
 #[path = "../../agent/src/resilience/mod.rs"]
 pub mod resilience;
 
+pub mod canvas;
 pub mod policy;
 pub mod report;
 pub mod scenario;

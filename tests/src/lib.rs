@@ -23,10 +23,12 @@
 pub mod apps;
 pub mod cgroup;
 pub mod connects;
+pub mod envoy;
 pub mod figures;
 pub mod hostile;
 pub mod http;
 pub mod interrupt;
+pub mod load;
 pub mod machine;
 pub mod manifests;
 pub mod metrics;

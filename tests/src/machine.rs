@@ -188,6 +188,15 @@ pub fn kernel() -> String {
         .to_owned()
 }
 
+/// What the processors call themselves.
+#[must_use]
+pub fn processor() -> String {
+    let text = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let line = text.lines().find(|line| line.starts_with("model name"));
+    let name = line.and_then(|line| line.split_once(':'));
+    name.map_or_else(|| "unknown".to_owned(), |(_, name)| name.trim().to_owned())
+}
+
 /// Processors that this process may use.
 #[must_use]
 pub fn cpus() -> usize {

@@ -264,6 +264,22 @@ pub fn start_time(pid: i32) -> Option<u64> {
     rest.split_whitespace().nth(19)?.parse().ok()
 }
 
+/// Ticks of `/proc/PID/stat` per second: USER_HZ, which is the same on every architecture that this runs on.
+const TICKS_PER_SECOND: u64 = 100;
+
+/// Processor time that a process has used, of user and system (fields 14 and 15 of `/proc/PID/stat`).
+#[must_use]
+pub fn cpu_time(pid: i32) -> Option<Duration> {
+    let text = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    let (_, rest) = text.rsplit_once(')')?;
+    let mut fields = rest.split_whitespace().skip(11);
+    let user: u64 = fields.next()?.parse().ok()?;
+    let system: u64 = fields.next()?.parse().ok()?;
+    Some(Duration::from_millis(
+        (user + system) * 1000 / TICKS_PER_SECOND,
+    ))
+}
+
 /// Resident memory of a process in bytes.
 #[must_use]
 pub fn resident_bytes(pid: i32) -> Option<u64> {

@@ -1,5 +1,6 @@
 //! Everything a developer of Undermesh runs.
 
+mod bench;
 mod build;
 mod cluster;
 mod crds;
@@ -30,6 +31,8 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum Command {
+    /// Measure what Undermesh costs, beside no proxy and beside Envoy.
+    Bench(bench::Options),
     /// Build the kernel programs and the agent that embeds them.
     Build(build::Options),
     /// Write deploy/crds anew from the types.
@@ -59,6 +62,7 @@ fn main() -> ExitCode {
 fn run(command: &Command) -> Result<ExitCode> {
     ctrlc::set_handler(interrupt::interrupt)?;
     match command {
+        Command::Bench(options) => bench::run(options),
         Command::Build(options) => build::run(options).map(|()| ExitCode::SUCCESS),
         Command::Crds => crds::run().map(|()| ExitCode::SUCCESS),
         Command::Demo(options) => demo::run(options),

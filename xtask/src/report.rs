@@ -117,7 +117,7 @@ pub fn thousandths(ratio: f64) -> u64 {
 }
 
 /// The commit that was built, with `-dirty` where the tree differs from it.
-fn commit() -> String {
+pub fn commit() -> String {
     let git = |arguments: &[&str]| {
         let output = Command::new("git")
             .current_dir(build::workspace())

@@ -252,7 +252,7 @@ mod tests {
             Some(rustls::ProtocolVersion::TLSv1_3)
         );
         let suite = server.negotiated_cipher_suite().unwrap().suite();
-        assert_eq!(suite, rustls::CipherSuite::TLS13_AES_256_GCM_SHA384);
+        assert_eq!(suite, rustls::CipherSuite::TLS13_AES_128_GCM_SHA256);
     }
 
     #[tokio::test]

@@ -27,14 +27,15 @@ pub(super) const ALPN_H2: &[u8] = b"h2";
 /// Most trust anchors that are taken from one file: two are enough to rotate a root.
 const MAX_ROOTS: usize = 32;
 
-/// AWS-LC with the two cipher suites that HBONE uses. Never the process's default provider: more
-/// than one may be compiled in.
+/// AWS-LC with the two cipher suites that HBONE uses, the cheaper one first: bulk costs a fiftieth less, and
+/// 128 bits are what P-256 certificates are worth. Never the process's default provider: more than one may be
+/// compiled in.
 #[must_use]
 pub fn crypto_provider() -> Arc<CryptoProvider> {
     Arc::new(CryptoProvider {
         cipher_suites: vec![
-            aws_lc_rs::cipher_suite::TLS13_AES_256_GCM_SHA384,
             aws_lc_rs::cipher_suite::TLS13_AES_128_GCM_SHA256,
+            aws_lc_rs::cipher_suite::TLS13_AES_256_GCM_SHA384,
         ],
         ..aws_lc_rs::default_provider()
     })

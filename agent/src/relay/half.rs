@@ -1,7 +1,8 @@
 //! The two directions of a connection, run side by side.
 
-use std::future::Future;
-use std::pin::pin;
+use std::future::{Future, poll_fn};
+use std::pin::Pin;
+use std::task::Poll;
 
 use super::{Ended, Peer};
 
@@ -25,30 +26,46 @@ impl Broken {
 
 /// Runs both directions until both have ended, or until one breaks.
 ///
-/// `there_failed` and `back_failed` watch over the source of that direction. They are polled only
-/// while it has nothing more to say but still something to hear: its own reading has ended, so
-/// nobody else would notice that it went away.
-pub(super) async fn join(
-    there: impl Future<Output = Result<(), Peer>>,
-    back: impl Future<Output = Result<(), Peer>>,
-    there_failed: impl Future<Output = Peer>,
-    back_failed: impl Future<Output = Peer>,
-) -> Ended {
-    let (mut there, mut back) = (pin!(there), pin!(back));
-    let (mut there_failed, mut back_failed) = (pin!(there_failed), pin!(back_failed));
+/// `there` and `back` are pinned by the caller: given by value, they would lie in the task of every
+/// connection once more for each function that they pass through.
+///
+/// `failure_of` watches over the source of a direction. It is asked for only while that has nothing
+/// more to say but still something to hear: its own reading has ended, so nobody else would
+/// notice that it went away.
+pub(super) async fn join<F>(
+    mut there: Pin<&mut impl Future<Output = Result<(), Broken>>>,
+    mut back: Pin<&mut impl Future<Output = Result<(), Broken>>>,
+    failure_of: impl Fn(Peer) -> Option<F>,
+) -> Ended
+where
+    F: Future<Output = ()>,
+{
     let (mut there_ended, mut back_ended) = (false, false);
+    // Boxed: few connections are half open for long.
+    let mut failure: Option<Pin<Box<F>>> = None;
     while !(there_ended && back_ended) {
         tokio::select! {
             end = &mut there, if !there_ended => match end {
                 Ok(()) => there_ended = true,
-                Err(peer) => return Ended::Reset(peer),
+                Err(broken) => return Ended::Reset(broken.between(Peer::Downstream, Peer::Upstream)),
             },
             end = &mut back, if !back_ended => match end {
                 Ok(()) => back_ended = true,
-                Err(peer) => return Ended::Reset(peer),
+                Err(broken) => return Ended::Reset(broken.between(Peer::Upstream, Peer::Downstream)),
             },
-            peer = &mut there_failed, if there_ended && !back_ended => return Ended::Reset(peer),
-            peer = &mut back_failed, if back_ended && !there_ended => return Ended::Reset(peer),
+            () = poll_fn(|cx| match &mut failure {
+                Some(failure) => failure.as_mut().poll(cx),
+                None => Poll::Pending,
+            }) => return Ended::Reset(if there_ended { Peer::Downstream } else { Peer::Upstream }),
+        }
+        // At most one of both: the loop ends with the other.
+        if failure.is_none() {
+            let silent = if there_ended {
+                Peer::Downstream
+            } else {
+                Peer::Upstream
+            };
+            failure = failure_of(silent).map(Box::pin);
         }
     }
     Ended::InOrder

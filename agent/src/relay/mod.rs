@@ -16,6 +16,7 @@ mod splice;
 mod tunnelled;
 
 use std::io;
+use std::pin::pin;
 use std::sync::atomic::AtomicU64;
 
 use tokio::io::Interest;
@@ -86,27 +87,14 @@ pub async fn relay_tcp(
     stop: &CancellationToken,
 ) -> Ended {
     let ended = {
-        let there = splice::pump(&downstream, &upstream, counts.to_upstream);
-        let back = splice::pump(&upstream, &downstream, counts.to_downstream);
-        let both = half::join(
-            async {
-                there
-                    .await
-                    .map_err(|end| end.between(Peer::Downstream, Peer::Upstream))
-            },
-            async {
-                back.await
-                    .map_err(|end| end.between(Peer::Upstream, Peer::Downstream))
-            },
-            async {
-                failed(&downstream).await;
-                Peer::Downstream
-            },
-            async {
-                failed(&upstream).await;
-                Peer::Upstream
-            },
-        );
+        let there = pin!(splice::pump(&downstream, &upstream, counts.to_upstream));
+        let back = pin!(splice::pump(&upstream, &downstream, counts.to_downstream));
+        let both = half::join(there, back, |peer| {
+            Some(failed(match peer {
+                Peer::Downstream => &downstream,
+                Peer::Upstream => &upstream,
+            }))
+        });
         tokio::select! {
             ended = both => ended,
             () = stop.cancelled() => Ended::Stopped,

@@ -6,7 +6,9 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
-use super::{Counts, Ended, Peer, failed, relay_tcp};
+use super::buffers::ReadBuffer;
+use super::{Counts, Ended, Peer, failed, relay_tcp, relay_tunnel};
+use crate::tunnel::{TunnelReceive, TunnelSend};
 
 /// A client and a server with a relay between them.
 struct Relayed {
@@ -240,4 +242,55 @@ async fn a_sender_that_is_gone_is_noticed_while_the_receiver_does_not_read() {
     assert_eq!(ended, Ended::Reset(Peer::Downstream));
     let mut received = Vec::new();
     assert!(is_reset(server.read_to_end(&mut received).await));
+}
+
+#[tokio::test]
+async fn bytes_that_come_after_a_short_read_are_seen() {
+    let (mut far, near) = pair().await;
+    for message in [&b"one"[..], b"two", &[7; 9000], b"four"] {
+        far.write_all(message).await.unwrap();
+        let mut got = Vec::new();
+        while got.len() < message.len() {
+            near.readable().await.unwrap();
+            let mut buffer = ReadBuffer::take();
+            while let Some(chunk) = buffer.read(&near).unwrap() {
+                got.extend_from_slice(&chunk);
+            }
+        }
+        assert_eq!(got, message);
+    }
+    // The end, which comes together with the last bytes.
+    far.write_all(b"last").await.unwrap();
+    drop(far);
+    let mut got = Vec::new();
+    loop {
+        near.readable().await.unwrap();
+        match ReadBuffer::take().read(&near).unwrap() {
+            Some(chunk) if chunk.is_empty() => break,
+            chunk => got.extend(chunk.into_iter().flatten()),
+        }
+    }
+    assert_eq!(got, b"last");
+}
+
+/// The size of what an async function of these arguments is while it runs.
+fn size_of_tunnel_relay<'a, F>(
+    _: impl FnOnce(TcpStream, Peer, TunnelSend, TunnelReceive, Counts<'a>, &'a CancellationToken) -> F,
+) -> usize {
+    size_of::<F>()
+}
+
+fn size_of_tcp_relay<'a, F>(
+    _: impl FnOnce(TcpStream, TcpStream, Counts<'a>, &'a CancellationToken) -> F,
+) -> usize {
+    size_of::<F>()
+}
+
+/// Every idle connection holds one of these.
+#[test]
+fn an_idle_connection_costs_little_memory() {
+    let tunnel = size_of_tunnel_relay(relay_tunnel);
+    assert!(tunnel <= 1536, "{tunnel} bytes");
+    let tcp = size_of_tcp_relay(relay_tcp);
+    assert!(tcp <= 2048, "{tcp} bytes");
 }

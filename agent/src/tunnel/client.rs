@@ -117,11 +117,12 @@ pub(super) async fn establish<T: Transport>(
     let liveness = Liveness::new();
     let io = Watched::new(transport, liveness.clone());
     let shake = async {
-        let tls = TlsConnector::from(certificate.client.clone())
+        let mut tls = TlsConnector::from(certificate.client.clone())
             .connect(ServerName::IpAddress(address.ip().into()), io)
             .await
             .map_err(|error| TunnelError::tls(address, error))?;
         let peer = identify(key, &tls)?;
+        tls.get_mut().1.set_buffer_limit(Some(limits::TLS_BUFFER));
         let (requests, connection) = limits::client()
             .handshake::<_, Bytes>(tls)
             .await

@@ -7,7 +7,7 @@ use std::time::Duration;
 /// Together with [`MAX_STREAMS`] it decides whether a stalled stream can stop its neighbours:
 /// ztunnel's 4 MiB in a connection window of 16 MiB means that four unread streams freeze a tunnel.
 /// Here all streams together fit: 512 KiB × 128 = 64 MiB. 512 KiB carry 4 Gbit/s at a round trip of
-/// 1 ms; on one machine h2's default windows were measured as good as 1 MiB / 4 MiB.
+/// 1 ms, and are two of the largest frames; 1 MiB was not measured better.
 pub(super) const STREAM_WINDOW: u32 = 512 * 1024;
 
 /// Streams that a peer may have open in one tunnel. ztunnel's client uses 100.
@@ -16,12 +16,22 @@ pub(super) const MAX_STREAMS: u32 = 128;
 /// Receive window of a tunnel: no smaller than all its streams' windows.
 pub(super) const TUNNEL_WINDOW: u32 = STREAM_WINDOW * MAX_STREAMS;
 
-/// Largest DATA frame received, and largest chunk sent: 64 KiB frames were measured 20 % better
-/// than 16 KiB ones. Larger ones delay the neighbours' frames for no gain.
-pub(super) const MAX_FRAME: u32 = 64 * 1024;
+/// Largest DATA frame received. Every frame is handed from one task to another, and that costs more than
+/// moving 64 KiB; larger ones than this delay the neighbours' frames for little gain.
+pub(super) const MAX_FRAME: u32 = 256 * 1024;
+
+/// Largest chunk sent: with the head of its frame (RFC 9113 section 4.1, 9 bytes) it fills 16
+/// records of TLS. Ten bytes more would be another record, and another write.
+pub const MAX_CHUNK: usize = 16 * TLS_RECORD - 9;
+
+/// What one record of TLS carries at most (RFC 8446 section 5.1).
+pub(super) const TLS_RECORD: usize = 16 * 1024;
 
 /// Bytes of one stream that wait in this process for the socket: h2 gives no capacity beyond it.
-pub(super) const SEND_BUFFER: usize = 256 * 1024;
+pub(super) const SEND_BUFFER: usize = 512 * 1024;
+
+/// Ciphertext that waits for the socket: room for one chunk, so that it goes out in one write.
+pub(super) const TLS_BUFFER: usize = 16 * TLS_RECORD;
 
 /// Header list of a request, as ztunnel announces it.
 pub(super) const SERVER_HEADER_LIST: u32 = 64 * 1024;
@@ -123,5 +133,6 @@ pub(super) fn server() -> h2::server::Builder {
     builder
 }
 
+const _: () = assert!(MAX_CHUNK <= MAX_FRAME as usize);
 // A stalled stream cannot take what its neighbours need.
 const _: () = assert!(STREAM_WINDOW as u64 * MAX_STREAMS as u64 <= TUNNEL_WINDOW as u64);

@@ -13,6 +13,8 @@ use tokio::net::TcpStream;
 use tokio::sync::Notify;
 use tokio::time::{Instant, sleep_until, timeout_at};
 
+use super::ahead::ReadAhead;
+
 /// What a tunnel runs over.
 pub trait Transport: AsyncRead + AsyncWrite + Unpin + Send + 'static {
     /// Called once before use: the end of a tunnel's socket carries no meaning, since its
@@ -95,13 +97,18 @@ impl Liveness {
 /// A transport that notes each sign of life.
 pub(super) struct Watched<T: Transport> {
     inner: T,
+    ahead: ReadAhead,
     liveness: Arc<Liveness>,
 }
 
 impl<T: Transport> Watched<T> {
     pub(super) fn new(inner: T, liveness: Arc<Liveness>) -> Self {
         inner.prepare();
-        Self { inner, liveness }
+        Self {
+            inner,
+            ahead: ReadAhead::default(),
+            liveness,
+        }
     }
 }
 
@@ -115,14 +122,13 @@ impl<T: Transport> Drop for Watched<T> {
 
 impl<T: Transport> AsyncRead for Watched<T> {
     fn poll_read(
-        mut self: Pin<&mut Self>,
+        self: Pin<&mut Self>,
         cx: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        let before = buffer.filled().len();
-        ready!(Pin::new(&mut self.inner).poll_read(cx, buffer))?;
-        if buffer.filled().len() > before {
-            self.liveness.note();
+        let this = self.get_mut();
+        if ready!(this.ahead.poll_read(&mut this.inner, cx, buffer))? {
+            this.liveness.note();
         }
         Poll::Ready(Ok(()))
     }

@@ -10,6 +10,7 @@
 //! - A stream that nobody reads holds no more than its window, and no window but its own.
 //! - The peer's identity comes from its certificate, never from a header.
 
+mod ahead;
 mod client;
 mod error;
 mod headers;
@@ -24,7 +25,7 @@ mod stream;
 pub use error::{Refusal, ResetBy, ResetReason, Stage, StreamReset, TunnelError};
 pub use headers::{ConnectRequest, Forwarded};
 pub use io::TunnelIo;
-pub use limits::Limits;
+pub use limits::{Limits, MAX_CHUNK};
 pub use liveness::Transport;
 pub use pool::{Pool, PoolOptions, TunnelKey, Tunnelled};
 pub use server::{HBONE_PORT, Incoming, Side, TunnelService, serve, serve_with};

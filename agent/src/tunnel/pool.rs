@@ -42,7 +42,8 @@ pub struct PoolOptions {
     /// Streams per tunnel, or fewer if the peer says so. Default 100, as ztunnel.
     pub streams_per_tunnel: usize,
     /// Tunnels per key. When all are full, new connections fail as
-    /// [`TunnelError::Saturated`]. Default 164: what a pod may open at all can go to one peer.
+    /// [`TunnelError::Saturated`]. Default 164: with 100 streams each, as many as one pod may have
+    /// connections (16,384), so that all of them may go to one other pod.
     pub tunnels_per_key: usize,
     /// Tunnels in all. At the bound the one that is idle for longest is closed to make room; if
     /// none is idle, new ones fail as [`TunnelError::Saturated`]. Default 16,384.
@@ -247,7 +248,8 @@ impl Pool {
                     return Ok((place, false));
                 }
                 Step::Lead(lead) => {
-                    let place = self.lead(lead, certificate, dial).await?;
+                    // Rare and large: it shall not be part of every connection's task.
+                    let place = Box::pin(self.lead(lead, certificate, dial)).await?;
                     return Ok((place, true));
                 }
                 Step::Wait(flight) => flight,

@@ -146,7 +146,7 @@ async fn handshake<T: Transport>(
     certificate: &WorkloadCertificate,
     address: SocketAddr,
 ) -> Result<(SpiffeId, Connection<TlsStream<Watched<T>>, Bytes>), TunnelError> {
-    let tls = TlsAcceptor::from(certificate.server.clone())
+    let mut tls = TlsAcceptor::from(certificate.server.clone())
         .accept(io)
         .await
         .map_err(|error| TunnelError::tls(address, error))?;
@@ -160,6 +160,7 @@ async fn handshake<T: Transport>(
             reason: error.to_string().into(),
         }
     })?;
+    tls.get_mut().1.set_buffer_limit(Some(limits::TLS_BUFFER));
     let connection = limits::server()
         .handshake(tls)
         .await

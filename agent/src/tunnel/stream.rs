@@ -14,7 +14,7 @@ use parking_lot::Mutex;
 use tokio::time::Sleep;
 
 use super::error::{ResetReason, StreamReset};
-use super::limits::MAX_FRAME;
+use super::limits::MAX_CHUNK;
 
 /// A sender that got no capacity for this long counts as stalled: its reader does not read.
 const STALLED_AFTER: Duration = Duration::from_millis(250);
@@ -89,14 +89,31 @@ pub(super) fn halves(
 }
 
 impl TunnelSend {
+    /// Hands to the tunnel as much as there is room for now, and gives back the rest.
+    pub fn try_send(&mut self, mut data: Bytes) -> Result<Bytes, StreamReset> {
+        while !data.is_empty() {
+            let wanted = data.len().min(MAX_CHUNK);
+            let mut send = self.stream.send.lock();
+            send.reserve_capacity(wanted);
+            let room = send.capacity();
+            if room == 0 {
+                break;
+            }
+            let sent = send.send_data(data.split_to(room.min(wanted)), false);
+            drop(send);
+            sent.map_err(|error| self.why_closed(error))?;
+        }
+        Ok(data)
+    }
+
     /// Hands the bytes to the tunnel, waiting for the peer to make room. It takes frames of at
-    /// most 64 KiB and keeps no more than 256 KiB of a stream that the socket did not take yet;
+    /// most [`MAX_CHUNK`] bytes and keeps no more than 512 KiB of a stream that the socket did not take yet;
     /// a small write goes out at once.
     ///
     /// Cancelled, it may have handed over a part: then only a reset is a truthful end.
     pub async fn send(&mut self, mut data: Bytes) -> Result<(), StreamReset> {
         while !data.is_empty() {
-            let wanted = data.len().min(MAX_FRAME as usize);
+            let wanted = data.len().min(MAX_CHUNK);
             let room = self.room(wanted).await?;
             let chunk = data.split_to(room.min(wanted));
             let sent = self.stream.send.lock().send_data(chunk, false);
@@ -115,7 +132,7 @@ impl TunnelSend {
         if bytes.is_empty() {
             return Poll::Ready(Ok(0));
         }
-        let wanted = bytes.len().min(MAX_FRAME as usize);
+        let wanted = bytes.len().min(MAX_CHUNK);
         self.stream.send.lock().reserve_capacity(wanted);
         let room = match self.poll_room(cx) {
             Poll::Ready(room) => room?,

@@ -45,15 +45,18 @@ pub struct Binaries {
     pub agent: PathBuf,
     /// `undermesh-traffic`.
     pub traffic: PathBuf,
+    /// `undermesh-load`.
+    pub load: PathBuf,
 }
 
 impl Binaries {
-    /// Both programs in one directory.
+    /// All programs in one directory.
     #[must_use]
     pub fn in_dir(dir: &Path) -> Self {
         Self {
             agent: dir.join("undermesh"),
             traffic: dir.join("undermesh-traffic"),
+            load: dir.join("undermesh-load"),
         }
     }
 
@@ -73,6 +76,7 @@ impl Binaries {
         Ok(Self {
             agent: profile.with_file_name("release").join("undermesh"),
             traffic: profile.join("undermesh-traffic"),
+            load: profile.join("undermesh-load"),
         })
     }
 }

@@ -2,7 +2,7 @@
 //! no result rests on what an agent says. The program is `undermesh-traffic`.
 
 mod client;
-mod control;
+pub(crate) mod control;
 mod options;
 mod payload;
 mod report;
@@ -13,6 +13,7 @@ pub use client::run as run_client;
 pub(crate) use control::listen as answer_reports;
 pub use control::query;
 pub use options::{ClientOptions, Kind, ServeOptions};
+pub(crate) use options::{format_duration, parse_duration};
 pub use payload::Pattern;
 pub use report::{ClientReport, Failure, Latencies, Latency, ServerReport};
 pub(crate) use serve::listen;

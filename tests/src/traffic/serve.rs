@@ -93,7 +93,7 @@ fn lock(report: &Shared) -> MutexGuard<'_, ServerReport> {
     report.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Listens on both families.
+/// Listens on IPv4 and IPv6.
 pub(crate) fn listen(port: u16) -> io::Result<TcpListener> {
     let socket = bind(Type::STREAM, Protocol::TCP, port)?;
     socket.listen(BACKLOG)?;

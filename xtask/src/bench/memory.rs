@@ -1,0 +1,119 @@
+//! What idle connections cost, and what comes back when they close.
+
+use std::time::Duration;
+
+use anyhow::Result;
+use undermesh_lab::process::Process;
+use undermesh_lab::wait;
+
+use super::Builds;
+use super::lines::Lines;
+use super::rows::{Figure, MEMORY_PROXIES, Proxy};
+use super::stage::{self, Stage};
+
+/// How many connections are held, and for how long memory may take to come back.
+pub struct Extent {
+    /// In growing steps.
+    pub steps: &'static [usize],
+    pub given_back: Duration,
+}
+
+/// Where processes may have 20,000 descriptors, the agent lets one pod have 9,488 connections, tunnels
+/// included.
+pub const FULL: Extent = Extent {
+    steps: &[1000, 9300],
+    given_back: Duration::from_secs(60),
+};
+
+pub const QUICK: Extent = Extent {
+    steps: &[1000],
+    given_back: Duration::from_secs(20),
+};
+
+/// After the start: allocators keep what was freed for some seconds.
+const STARTED: Duration = Duration::from_secs(15);
+/// After connections are open: for what is still being tidied up.
+const SETTLE: Duration = Duration::from_secs(2);
+
+/// What is known of one proxy when its connections have been closed.
+struct Held {
+    stage: Stage,
+    before: u64,
+    with: u64,
+}
+
+/// Measures all proxies, each in fresh processes; they are waited for together.
+pub fn run(
+    lines: &mut Lines,
+    builds: &Builds,
+    extent: &Extent,
+    takes: impl Fn(Proxy) -> bool,
+) -> Result<()> {
+    let mut held = Vec::new();
+    let all = MEMORY_PROXIES.iter().chain(&[Proxy::Former]).copied();
+    for proxy in all.filter(|&proxy| takes(proxy) && builds.has(proxy)) {
+        match hold(lines, proxy, builds, extent) {
+            Ok(one) => held.push((proxy, one)),
+            Err(error) => {
+                undermesh_lab::interrupt::check()?;
+                lines.lost_memory(proxy, &format!("{error:#}"));
+            }
+        }
+    }
+    wait::pause(extent.given_back)?;
+    let most = extent.steps.last().copied().unwrap_or(0);
+    for (proxy, one) in held {
+        let after = one.stage.resident_bytes()?;
+        let grown = one.with.saturating_sub(one.before);
+        println!("  {:<12} {:>8.1} MiB after close", proxy.name(), mib(after));
+        lines.add_memory(
+            proxy,
+            most,
+            Figure::GivenBack,
+            share(one.with.saturating_sub(after), grown),
+        );
+    }
+    Ok(())
+}
+
+fn hold(lines: &mut Lines, proxy: Proxy, builds: &Builds, extent: &Extent) -> Result<Held> {
+    let stage = builds.stage(proxy, "m")?;
+    stage.warm()?;
+    wait::pause(STARTED)?;
+    let before = stage.resident_bytes()?;
+    lines.add_memory(proxy, 0, Figure::Resident(0), mib(before));
+    println!("  {:<12} {:>8.1} MiB", proxy.name(), mib(before));
+    let mut holders: Vec<Process> = Vec::new();
+    let (mut open, mut with) = (0, before);
+    for &step in extent.steps {
+        holders.push(stage.hold(step - open)?);
+        open = step;
+        wait::pause(SETTLE)?;
+        with = stage.resident_bytes()?;
+        lines.add_memory(proxy, step, Figure::Resident(step), mib(with));
+        println!("  {:<12} {:>8.1} MiB with {step}", proxy.name(), mib(with));
+    }
+    let each = share(with.saturating_sub(before), open as u64 * 1024);
+    lines.add_memory(proxy, open, Figure::PerConnection, each);
+    for holder in holders {
+        stage::release(holder)?;
+    }
+    Ok(Held {
+        stage,
+        before,
+        with,
+    })
+}
+
+#[allow(clippy::cast_precision_loss)]
+fn mib(bytes: u64) -> f64 {
+    bytes as f64 / f64::from(1 << 20)
+}
+
+#[allow(clippy::cast_precision_loss)]
+fn share(part: u64, whole: u64) -> f64 {
+    if whole == 0 {
+        return 0.0;
+    }
+    part as f64 / whole as f64
+}
