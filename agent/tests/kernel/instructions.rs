@@ -23,6 +23,7 @@ fn every_program_is_far_from_the_verifiers_bound() {
             Program::CgroupSockAddr(program) => program.load().unwrap(),
             Program::SockOps(program) => program.load().unwrap(),
             Program::SkLookup(program) => program.load().unwrap(),
+            Program::CgroupSockopt(program) => program.load().unwrap(),
             other => panic!("{name} is {:?}", other.prog_type()),
         }
         let info = program.info().unwrap();
@@ -43,6 +44,7 @@ fn every_program_is_far_from_the_verifiers_bound() {
             "undermesh_connect4",
             "undermesh_connect6",
             "undermesh_lookup",
+            "undermesh_setsockopt",
             "undermesh_sock_ops"
         ]
     );

@@ -138,7 +138,9 @@ async fn a_stream_that_did_not_end_in_order_is_reset() {
     accepted.stream.write_all(b"half of the ans").await.unwrap();
     drop(accepted);
     let error = joined(client).await.unwrap_err();
-    assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
+    // The latter if the reset was there before the client asked for its peer's address.
+    let reset = [io::ErrorKind::ConnectionReset, io::ErrorKind::NotConnected];
+    assert!(reset.contains(&error.kind()), "{error}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
