@@ -7,7 +7,7 @@ use anyhow::Result;
 use clap::Args;
 use undermesh_lab::{interrupt, machine, remove_stale};
 
-use crate::{kernels, programs};
+use crate::{fuzz, kernels, programs};
 
 #[derive(Args)]
 pub struct Options {
@@ -17,6 +17,9 @@ pub struct Options {
     #[command(flatten)]
     kernels: kernels::Options,
 }
+
+/// For each target: enough to see that it runs and that no old find is back. `cargo xtask fuzz` looks for new ones.
+const FUZZ_SECONDS: u32 = 4;
 
 /// Needs root: half of the tests make namespaces and load eBPF programs, and none is left out in silence.
 pub fn run(options: &Options) -> Result<ExitCode> {
@@ -76,6 +79,10 @@ fn steps(options: &Options, clock: &mut Clock) -> Result<()> {
     if options.filter.is_none() {
         interrupt::check()?;
         if let Err(error) = clock.counted("oldest kernel", kernels::oldest) {
+            failures.push(error);
+        }
+        interrupt::check()?;
+        if let Err(error) = clock.time("fuzzing", || fuzz::check(None, FUZZ_SECONDS)) {
             failures.push(error);
         }
     }
