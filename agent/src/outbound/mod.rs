@@ -22,6 +22,7 @@ use tokio::time::MissedTickBehavior;
 use tokio_util::sync::CancellationToken;
 
 use crate::capture::{Accepted, Capture, EnrolledPod};
+use crate::fairness::{Fairness, Quotas};
 use crate::http::{
     ClientView, HttpCounters, PoolLimits, Protocol, ServerContext, ServerLimits, UpstreamPool,
     Wire, detect, serve_http,
@@ -60,6 +61,7 @@ pub struct Outbound {
     counters: Arc<HttpCounters>,
     telemetry: Arc<Telemetry>,
     tunnels: Arc<Pool>,
+    quotas: Arc<Quotas>,
     /// Cancelled when the agent stops: HTTP connections then end with their next answers.
     drain: CancellationToken,
     /// Pods (by netns cookie) whose end is waited for, to clean up after them.
@@ -80,6 +82,10 @@ pub struct OutboundParts {
     pub counters: Arc<HttpCounters>,
     /// Connections and requests are told of here.
     pub telemetry: Arc<Telemetry>,
+    /// Shares of the workers' time, by pod.
+    pub fairness: Arc<Fairness>,
+    /// What requests of one pod may hold.
+    pub quotas: Arc<Quotas>,
     /// Cancelled when the agent stops.
     pub drain: CancellationToken,
 }
@@ -94,7 +100,9 @@ impl Outbound {
                 parts.snapshot.clone(),
                 parts.destinations.clone(),
                 upstreams.clone(),
+                parts.fairness,
             ),
+            quotas: parts.quotas,
             dialer: Dialer::new(parts.certificates, parts.tunnels.clone()),
             snapshot: parts.snapshot,
             destinations: parts.destinations,
@@ -192,6 +200,7 @@ impl Outbound {
         let caller = Caller {
             workload,
             source: SourceId(pod.netns_cookie()),
+            quota: self.quotas.of(pod.netns_cookie()),
             local,
             frontend: Frontend::from(target),
             view: ClientView {
