@@ -15,6 +15,9 @@ const SILENCE: Duration = Duration::from_secs(1);
 
 /// What the Services in front of a pod's port say about it, else the port's own name.
 pub(super) fn hint_for(snapshot: &Snapshot, workload: &Workload, app: SocketAddr) -> Hint {
+    if snapshot.is_opaque(workload, app) {
+        return Hint::Opaque;
+    }
     let services = snapshot.services_of(&workload.uid);
     let of_service = services
         .iter()
@@ -22,11 +25,7 @@ pub(super) fn hint_for(snapshot: &Snapshot, workload: &Workload, app: SocketAddr
         .filter(|port| port.endpoints.iter().any(|one| one.address == app))
         .map(|port| hint(port.app_protocol.as_deref(), &port.name, false))
         .find(|hint| *hint != Hint::None);
-    of_service.unwrap_or_else(|| {
-        let mut named = workload.named_ports.iter();
-        let name = named.find(|(_, port)| **port == app.port());
-        name.map_or(Hint::None, |(name, _)| hint(None, name, false))
-    })
+    of_service.unwrap_or_else(|| hint(None, workload.port_name(app.port()), false))
 }
 
 /// Which HTTP a client speaks to an app; none if it is something else, or nobody can tell. An error
@@ -93,6 +92,25 @@ mod tests {
         assert_eq!(wire.unwrap(), Some(Wire::Http1));
     }
 
+    fn in_front(cart: &Workload, name: &str, opaque: bool, app: SocketAddr) -> Arc<Service> {
+        let endpoint = Endpoint {
+            address: app,
+            ready: true,
+            workload: Some(cart.uid.clone()),
+        };
+        Arc::new(Service {
+            name: ObjectName::new("shop", name),
+            vips: Vec::new(),
+            ports: vec![ServicePort {
+                name: "db".into(),
+                port: 80,
+                app_protocol: Some(name.into()),
+                opaque,
+                endpoints: Arc::new([endpoint]),
+            }],
+        })
+    }
+
     #[test]
     fn a_services_word_on_a_port_comes_before_the_pods_own() {
         let mut snapshot = Snapshot::default();
@@ -102,23 +120,26 @@ mod tests {
         snapshot.insert_workload(cart.clone());
         let app = "10.0.0.2:8080".parse().unwrap();
         assert_eq!(hint_for(&snapshot, &cart, app), Hint::Http);
-        let endpoint = Endpoint {
-            address: app,
-            ready: true,
-            workload: Some(cart.uid.clone()),
-        };
-        snapshot.insert_service(Arc::new(Service {
-            name: ObjectName::new("shop", "cart"),
-            vips: Vec::new(),
-            ports: vec![ServicePort {
-                name: "db".into(),
-                port: 80,
-                app_protocol: Some("tcp".into()),
-                endpoints: Arc::new([endpoint]),
-            }],
-        }));
+        snapshot.insert_service(in_front(&cart, "tcp", false, app));
         assert_eq!(hint_for(&snapshot, &cart, app), Hint::Opaque);
         let other = "10.0.0.2:9090".parse().unwrap();
         assert_eq!(hint_for(&snapshot, &cart, other), Hint::None);
+    }
+
+    #[test]
+    fn a_port_that_its_pod_or_one_of_its_services_calls_opaque_is_not_looked_into() {
+        let mut snapshot = Snapshot::default();
+        let mut cart = (*workload("cart", "10.0.0.2")).clone();
+        cart.named_ports.insert("http-api".to_owned(), 8080);
+        cart.opaque_ports = "9000-9100".parse().unwrap();
+        let cart = Arc::new(cart);
+        snapshot.insert_workload(cart.clone());
+        let at = |port: u16| SocketAddr::from(([10, 0, 0, 2], port));
+        assert_eq!(hint_for(&snapshot, &cart, at(9050)), Hint::Opaque);
+        snapshot.insert_service(in_front(&cart, "http", false, at(8080)));
+        assert_eq!(hint_for(&snapshot, &cart, at(8080)), Hint::Http);
+        snapshot.insert_service(in_front(&cart, "grpc", true, at(8080)));
+        assert_eq!(hint_for(&snapshot, &cart, at(8080)), Hint::Opaque);
+        assert_eq!(hint_for(&snapshot, &cart, at(8081)), Hint::None);
     }
 }

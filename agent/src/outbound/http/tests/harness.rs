@@ -294,6 +294,7 @@ impl World {
                 name: "".into(),
                 port: 80,
                 app_protocol: None,
+                opaque: false,
                 endpoints: endpoints.iter().map(endpoint).collect(),
             }],
         };
