@@ -9,8 +9,10 @@ use crate::http::{Hint, HttpIo, Protocol, Wire, detect, detect_tunnel, hint};
 use crate::mesh::{Snapshot, Workload};
 
 /// How long a client that has said nothing that can be told apart is waited for, where no hint says
-/// what it speaks. An app that speaks first ends the wait at once, so only a client that is slow with
-/// its very first bytes is affected: it is served as an opaque stream.
+/// what it speaks and the mesh sets nothing else. An app that speaks first ends the wait at once, so
+/// only a client that is slow with its very first bytes is affected: it is served as an opaque stream.
+/// Longer than at the client's side, as those bytes may have a whole round trip of the network behind
+/// the answer to CONNECT, and a lost one as much as a retransmission; and nobody waits for it.
 const SILENCE: Duration = Duration::from_secs(1);
 
 /// What the Services in front of a pod's port say about it, else the port's own name.
@@ -29,16 +31,18 @@ pub(super) fn hint_for(snapshot: &Snapshot, workload: &Workload, app: SocketAddr
 }
 
 /// Which HTTP a client speaks to an app; none if it is something else, or nobody can tell. An error
-/// is the client's connection's.
+/// is the client's connection's. `silence` is what the mesh sets for detection.
 pub(super) async fn recognize(
     client: &mut HttpIo,
     app: &TcpStream,
     hint: Hint,
+    silence: Option<Duration>,
 ) -> std::io::Result<Option<Wire>> {
+    let silence = silence.unwrap_or(SILENCE);
     let looking = async {
         match client {
-            HttpIo::Socket(socket) => detect(socket, hint, SILENCE).await,
-            HttpIo::Tunnel(tunnel) => detect_tunnel(tunnel, hint, SILENCE).await,
+            HttpIo::Socket(socket) => detect(socket, hint, silence).await,
+            HttpIo::Tunnel(tunnel) => detect_tunnel(tunnel, hint, silence).await,
         }
     };
     let protocol = tokio::select! {
@@ -78,7 +82,7 @@ mod tests {
         let (near_app, mut app) = pair().await;
         app.write_all(b"220 ready\r\n").await.unwrap();
         let before = std::time::Instant::now();
-        let wire = recognize(&mut accepted.into(), &near_app, Hint::None).await;
+        let wire = recognize(&mut accepted.into(), &near_app, Hint::None, None).await;
         assert_eq!(wire.unwrap(), None);
         assert!(before.elapsed() < SILENCE / 2);
     }
@@ -88,8 +92,27 @@ mod tests {
         let (mut client, accepted) = pair().await;
         let (near_app, _app) = pair().await;
         client.write_all(b"GET / HTTP/1.1\r\n").await.unwrap();
-        let wire = recognize(&mut accepted.into(), &near_app, Hint::None).await;
+        let wire = recognize(&mut accepted.into(), &near_app, Hint::None, None).await;
         assert_eq!(wire.unwrap(), Some(Wire::Http1));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_client_that_is_silent_is_waited_for_as_long_as_the_mesh_says() {
+        for (set, expected) in [
+            (None, SILENCE),
+            (Some(Duration::from_secs(5)), Duration::from_secs(5)),
+        ] {
+            let (_client, accepted) = pair().await;
+            let (near_app, _app) = pair().await;
+            let before = tokio::time::Instant::now();
+            let wire = recognize(&mut accepted.into(), &near_app, Hint::None, set).await;
+            assert_eq!(wire.unwrap(), None);
+            let waited = before.elapsed();
+            assert!(
+                (expected..expected + SILENCE / 2).contains(&waited),
+                "{waited:?}"
+            );
+        }
     }
 
     fn in_front(cart: &Workload, name: &str, opaque: bool, app: SocketAddr) -> Arc<Service> {

@@ -47,7 +47,8 @@ pub use destinations::Destinations;
 const MAINTENANCE: Duration = Duration::from_secs(1);
 
 /// How long a client may be silent before it is taken for one whose server speaks first, where the
-/// port does not say what is spoken.
+/// port does not say what is spoken and the mesh sets nothing else. Here the client and nobody else
+/// is on the same machine, so it is short, and all that it delays is servers that speak first.
 const SILENCE: Duration = Duration::from_millis(200);
 
 /// Takes captured connections of this node's pods to where they want to go.
@@ -150,8 +151,9 @@ impl Outbound {
         let Some(target) = target else {
             return connection.fail(FailureReason::NoRoute, &"not a destination of the mesh");
         };
+        let silence = snapshot.config().detection_timeout.unwrap_or(SILENCE);
         let protocol = tokio::select! {
-            protocol = detect(&stream, target.hint(&snapshot), SILENCE) => protocol,
+            protocol = detect(&stream, target.hint(&snapshot), silence) => protocol,
             () = pod.gone().cancelled() => Ok(Protocol::Opaque),
         };
         let origin = Origin {
