@@ -26,7 +26,7 @@ use crate::capture::{
 };
 use crate::cli::CONTROL_SOCKET;
 use crate::discovery::files::{FileSource, FileSourceError, FileSourceOptions};
-use crate::fairness::{Fairness, Monotonic};
+use crate::fairness::{Fairness, Monotonic, QuotaLimits, Quotas};
 use crate::handover::{Giver, HandoverError};
 use crate::http::{HttpCounters, UpstreamPool};
 use crate::identity::{
@@ -227,6 +227,7 @@ pub async fn run(
         breakers.clone(),
     );
     let http = Arc::new(HttpCounters::default());
+    let quotas = Arc::new(Quotas::new(QuotaLimits::default()));
     let outbound = Outbound::new(OutboundParts {
         snapshot: snapshot.clone(),
         certificates: certificates.clone(),
@@ -234,6 +235,8 @@ pub async fn run(
         destinations: destinations.clone(),
         counters: http.clone(),
         telemetry: telemetry.clone(),
+        fairness: fairness.clone(),
+        quotas: quotas.clone(),
         drain: leaving.clone(),
     });
     tokio::spawn(outbound.clone().maintain(background.clone()));
@@ -289,6 +292,11 @@ pub async fn run(
         "undermesh_fairness_parked",
         "Times that a task waited because its pod had used up its quantum while others were busy",
         move || vec![Labelled::bare(fairness.parked())],
+    );
+    telemetry.register_counter(
+        "undermesh_pod_quota_events",
+        "How often a pod met a bound of what its requests may hold of the agent",
+        move || labelled("event", quotas.counters()),
     );
 
     let routed = snapshot.clone();
@@ -389,6 +397,11 @@ async fn stopped(
     Ok(())
 }
 
+fn labelled(label: &'static str, counters: Vec<(&'static str, u64)>) -> Vec<Labelled<u64>> {
+    let sample = |(name, value)| Labelled::one(label, name, value);
+    counters.into_iter().map(sample).collect()
+}
+
 /// Counters that parts keep themselves.
 fn count(
     telemetry: &Telemetry,
@@ -397,10 +410,6 @@ fn count(
     pool: &Arc<Pool>,
     http: &Arc<HttpCounters>,
 ) {
-    fn labelled(label: &'static str, counters: Vec<(&'static str, u64)>) -> Vec<Labelled<u64>> {
-        let sample = |(name, value)| Labelled::one(label, name, value);
-        counters.into_iter().map(sample).collect()
-    }
     let kernel = capture.clone();
     telemetry.register_counter(
         "undermesh_kernel_verdicts",

@@ -148,6 +148,14 @@ pub struct Reserved {
     bytes: usize,
 }
 
+impl Reserved {
+    /// How much, in bytes.
+    #[must_use]
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+}
+
 impl Drop for Reserved {
     fn drop(&mut self) {
         self.quota.reserved.fetch_sub(self.bytes, Ordering::AcqRel);

@@ -12,6 +12,7 @@ use hyper::body::{Body, Frame, SizeHint};
 use parking_lot::Mutex;
 
 use super::body::BodyError;
+use crate::fairness::Reserved;
 use crate::resilience::retry;
 
 /// A request's body: what has been taken from the client is kept, up to a bound, so that each
@@ -62,6 +63,10 @@ struct Kept {
     trailers: Option<HeaderMap>,
     /// How many bytes more may be kept; none once something was given up.
     room: Option<usize>,
+    /// What the chunks may take of their pod's memory. Copies have their chunks in common.
+    reserved: Option<Arc<Reserved>>,
+    /// Kept chunks that the last attempt has sent.
+    sent: usize,
     progress: Progress,
     /// Number of the attempt that may take from the client.
     attempt: u64,
@@ -112,6 +117,18 @@ impl Replay {
     /// Keeps at most so many bytes of the body. Costs nothing for a request without one.
     #[must_use]
     pub fn new(body: Incoming, replay_bytes: usize) -> Self {
+        Self::keeping(body, replay_bytes, None)
+    }
+
+    /// Keeps as much as was reserved, which is given back once nothing is kept any more. Without a
+    /// reservation nothing is.
+    #[must_use]
+    pub fn within(body: Incoming, reserved: Option<Reserved>) -> Self {
+        let room = reserved.as_ref().map_or(0, Reserved::bytes);
+        Self::keeping(body, room, reserved)
+    }
+
+    fn keeping(body: Incoming, room: usize, reserved: Option<Reserved>) -> Self {
         if body.is_end_stream() {
             return Self { shared: None };
         }
@@ -123,7 +140,9 @@ impl Replay {
                     taken: 0,
                     chunks: Vec::new(),
                     trailers: None,
-                    room: Some(replay_bytes),
+                    room: Some(room),
+                    reserved: reserved.map(Arc::new),
+                    sent: 0,
                     progress: Progress::Streaming,
                     attempt: 0,
                     waiter: None,
@@ -191,6 +210,8 @@ impl Replay {
             chunks: kept.chunks.clone(),
             trailers: kept.trailers.clone(),
             room: kept.room,
+            reserved: kept.reserved.clone(),
+            sent: 0,
             progress: Progress::Whole,
             attempt: 0,
             waiter: None,
@@ -204,12 +225,24 @@ impl Replay {
         })
     }
 
+    /// The last attempt was answered for good: what it has sent need not be kept any longer.
+    pub fn settle(&self) {
+        if let Some(shared) = &self.shared {
+            let mut kept = shared.kept.lock();
+            kept.room = kept.room.map(|_| 0);
+            if kept.sent >= kept.chunks.len() {
+                kept.forget();
+            }
+        }
+    }
+
     /// The body for the next attempt, from its first byte. An earlier attempt's gets no more of it.
     #[must_use]
     pub fn attempt(&self) -> ReplayBody {
         let attempt = self.shared.as_ref().map_or(0, |shared| {
             let mut kept = shared.kept.lock();
             kept.attempt += 1;
+            kept.sent = 0;
             if let Some(waker) = kept.waiter.take() {
                 waker.wake();
             }
@@ -265,6 +298,7 @@ impl Kept {
     ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
         if let Some(chunk) = self.chunks.get(*next) {
             *next += 1;
+            self.sent = *next;
             return Poll::Ready(Some(Ok(Frame::data(chunk.clone()))));
         }
         match self.progress {
@@ -290,6 +324,7 @@ impl Kept {
                 if let Some(data) = frame.data_ref() {
                     self.keep(data);
                     *next = self.chunks.len();
+                    self.sent = *next;
                 } else if let Some(trailers) = frame.trailers_ref() {
                     self.trailers = Some(trailers.clone());
                 }
@@ -315,9 +350,14 @@ impl Kept {
             }
             None => {
                 self.room = None;
-                self.chunks = Vec::new();
+                self.forget();
             }
         }
+    }
+
+    fn forget(&mut self) {
+        self.chunks = Vec::new();
+        self.reserved = None;
     }
 }
 

@@ -9,12 +9,17 @@ use crate::http::{Hint, HttpIo, Protocol, Wire, detect, detect_tunnel, hint};
 use crate::mesh::{Snapshot, Workload};
 
 /// How long a client that has said nothing that can be told apart is waited for, where no hint says
-/// what it speaks. An app that speaks first ends the wait at once, so only a client that is slow with
-/// its very first bytes is affected: it is served as an opaque stream.
+/// what it speaks and the mesh sets nothing else. An app that speaks first ends the wait at once, so
+/// only a client that is slow with its very first bytes is affected: it is served as an opaque stream.
+/// Longer than at the client's side, as those bytes may have a whole round trip of the network behind
+/// the answer to CONNECT, and a lost one as much as a retransmission; and nobody waits for it.
 const SILENCE: Duration = Duration::from_secs(1);
 
 /// What the Services in front of a pod's port say about it, else the port's own name.
 pub(super) fn hint_for(snapshot: &Snapshot, workload: &Workload, app: SocketAddr) -> Hint {
+    if snapshot.is_opaque(workload, app) {
+        return Hint::Opaque;
+    }
     let services = snapshot.services_of(&workload.uid);
     let of_service = services
         .iter()
@@ -22,24 +27,22 @@ pub(super) fn hint_for(snapshot: &Snapshot, workload: &Workload, app: SocketAddr
         .filter(|port| port.endpoints.iter().any(|one| one.address == app))
         .map(|port| hint(port.app_protocol.as_deref(), &port.name, false))
         .find(|hint| *hint != Hint::None);
-    of_service.unwrap_or_else(|| {
-        let mut named = workload.named_ports.iter();
-        let name = named.find(|(_, port)| **port == app.port());
-        name.map_or(Hint::None, |(name, _)| hint(None, name, false))
-    })
+    of_service.unwrap_or_else(|| hint(None, workload.port_name(app.port()), false))
 }
 
 /// Which HTTP a client speaks to an app; none if it is something else, or nobody can tell. An error
-/// is the client's connection's.
+/// is the client's connection's. `silence` is what the mesh sets for detection.
 pub(super) async fn recognize(
     client: &mut HttpIo,
     app: &TcpStream,
     hint: Hint,
+    silence: Option<Duration>,
 ) -> std::io::Result<Option<Wire>> {
+    let silence = silence.unwrap_or(SILENCE);
     let looking = async {
         match client {
-            HttpIo::Socket(socket) => detect(socket, hint, SILENCE).await,
-            HttpIo::Tunnel(tunnel) => detect_tunnel(tunnel, hint, SILENCE).await,
+            HttpIo::Socket(socket) => detect(socket, hint, silence).await,
+            HttpIo::Tunnel(tunnel) => detect_tunnel(tunnel, hint, silence).await,
         }
     };
     let protocol = tokio::select! {
@@ -79,7 +82,7 @@ mod tests {
         let (near_app, mut app) = pair().await;
         app.write_all(b"220 ready\r\n").await.unwrap();
         let before = std::time::Instant::now();
-        let wire = recognize(&mut accepted.into(), &near_app, Hint::None).await;
+        let wire = recognize(&mut accepted.into(), &near_app, Hint::None, None).await;
         assert_eq!(wire.unwrap(), None);
         assert!(before.elapsed() < SILENCE / 2);
     }
@@ -89,8 +92,46 @@ mod tests {
         let (mut client, accepted) = pair().await;
         let (near_app, _app) = pair().await;
         client.write_all(b"GET / HTTP/1.1\r\n").await.unwrap();
-        let wire = recognize(&mut accepted.into(), &near_app, Hint::None).await;
+        let wire = recognize(&mut accepted.into(), &near_app, Hint::None, None).await;
         assert_eq!(wire.unwrap(), Some(Wire::Http1));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_client_that_is_silent_is_waited_for_as_long_as_the_mesh_says() {
+        for (set, expected) in [
+            (None, SILENCE),
+            (Some(Duration::from_secs(5)), Duration::from_secs(5)),
+        ] {
+            let (_client, accepted) = pair().await;
+            let (near_app, _app) = pair().await;
+            let before = tokio::time::Instant::now();
+            let wire = recognize(&mut accepted.into(), &near_app, Hint::None, set).await;
+            assert_eq!(wire.unwrap(), None);
+            let waited = before.elapsed();
+            assert!(
+                (expected..expected + SILENCE / 2).contains(&waited),
+                "{waited:?}"
+            );
+        }
+    }
+
+    fn in_front(cart: &Workload, name: &str, opaque: bool, app: SocketAddr) -> Arc<Service> {
+        let endpoint = Endpoint {
+            address: app,
+            ready: true,
+            workload: Some(cart.uid.clone()),
+        };
+        Arc::new(Service {
+            name: ObjectName::new("shop", name),
+            vips: Vec::new(),
+            ports: vec![ServicePort {
+                name: "db".into(),
+                port: 80,
+                app_protocol: Some(name.into()),
+                opaque,
+                endpoints: Arc::new([endpoint]),
+            }],
+        })
     }
 
     #[test]
@@ -102,23 +143,26 @@ mod tests {
         snapshot.insert_workload(cart.clone());
         let app = "10.0.0.2:8080".parse().unwrap();
         assert_eq!(hint_for(&snapshot, &cart, app), Hint::Http);
-        let endpoint = Endpoint {
-            address: app,
-            ready: true,
-            workload: Some(cart.uid.clone()),
-        };
-        snapshot.insert_service(Arc::new(Service {
-            name: ObjectName::new("shop", "cart"),
-            vips: Vec::new(),
-            ports: vec![ServicePort {
-                name: "db".into(),
-                port: 80,
-                app_protocol: Some("tcp".into()),
-                endpoints: Arc::new([endpoint]),
-            }],
-        }));
+        snapshot.insert_service(in_front(&cart, "tcp", false, app));
         assert_eq!(hint_for(&snapshot, &cart, app), Hint::Opaque);
         let other = "10.0.0.2:9090".parse().unwrap();
         assert_eq!(hint_for(&snapshot, &cart, other), Hint::None);
+    }
+
+    #[test]
+    fn a_port_that_its_pod_or_one_of_its_services_calls_opaque_is_not_looked_into() {
+        let mut snapshot = Snapshot::default();
+        let mut cart = (*workload("cart", "10.0.0.2")).clone();
+        cart.named_ports.insert("http-api".to_owned(), 8080);
+        cart.opaque_ports = "9000-9100".parse().unwrap();
+        let cart = Arc::new(cart);
+        snapshot.insert_workload(cart.clone());
+        let at = |port: u16| SocketAddr::from(([10, 0, 0, 2], port));
+        assert_eq!(hint_for(&snapshot, &cart, at(9050)), Hint::Opaque);
+        snapshot.insert_service(in_front(&cart, "http", false, at(8080)));
+        assert_eq!(hint_for(&snapshot, &cart, at(8080)), Hint::Http);
+        snapshot.insert_service(in_front(&cart, "grpc", true, at(8080)));
+        assert_eq!(hint_for(&snapshot, &cart, at(8080)), Hint::Opaque);
+        assert_eq!(hint_for(&snapshot, &cart, at(8081)), Hint::None);
     }
 }

@@ -52,9 +52,13 @@ impl Inbound {
         connection: &Connection,
     ) -> End {
         let workload = talk.pod.workload();
-        let hint = hint_for(&self.snapshot.load(), &workload, talk.app);
+        let (hint, silence) = {
+            let snapshot = self.snapshot.load();
+            let silence = snapshot.config().detection_timeout;
+            (hint_for(&snapshot, &workload, talk.app), silence)
+        };
         let recognized = tokio::select! {
-            recognized = recognize(&mut client, &app, hint) => recognized,
+            recognized = recognize(&mut client, &app, hint, silence) => recognized,
             () = talk.pod.gone().cancelled() => return Ended::Stopped.into(),
         };
         match recognized {

@@ -67,6 +67,9 @@ pub struct MeshConfig {
     pub encrypt_same_node: bool,
     /// How long a TCP connect to an endpoint may take before the next is tried. Default 1 s.
     pub connect_timeout: Duration,
+    /// How long a client may be silent before its connection is taken for one that is not HTTP, where
+    /// nothing says what is spoken. None: what is right for each side.
+    pub detection_timeout: Option<Duration>,
     /// How long connections of a pod that leaves the mesh may finish. Default 30 s.
     pub drain_timeout: Duration,
 }
@@ -78,6 +81,7 @@ impl Default for MeshConfig {
             mode: Mode::default(),
             encrypt_same_node: false,
             connect_timeout: Duration::from_secs(1),
+            detection_timeout: None,
             drain_timeout: Duration::from_secs(30),
         }
     }

@@ -9,6 +9,7 @@ mod config;
 mod duration;
 mod node;
 pub mod policy;
+mod ports;
 pub mod route;
 mod service;
 mod snapshot;
@@ -23,6 +24,7 @@ pub use node::Node;
 pub use policy::{
     ConnectionLimits, FallbackBackend, HashKey, Locality, Nearness, StreamTimeouts, TrafficPolicy,
 };
+pub use ports::{PortSet, PortSetError};
 pub use service::{Endpoint, Service, ServicePort};
 pub use snapshot::{Destination, SharedSnapshot, Snapshot};
 pub use spiffe::{NAME_MAX, SpiffeId, SpiffeIdError, TrustDomain, is_kubernetes_name};

@@ -33,6 +33,9 @@ pub struct ServicePort {
     pub port: u16,
     /// `appProtocol`.
     pub app_protocol: Option<Arc<str>>,
+    /// Whether annotation `undermesh.io/opaque-ports` of the Service names it: its connections are
+    /// not looked into.
+    pub opaque: bool,
     /// Where connections go, ready ones and others.
     pub endpoints: Arc<[Endpoint]>,
 }
@@ -58,6 +61,7 @@ mod tests {
             name: name.into(),
             port,
             app_protocol: None,
+            opaque: false,
             endpoints: Arc::new([]),
         };
         let service = Service {

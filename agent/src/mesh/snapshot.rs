@@ -256,6 +256,20 @@ impl Snapshot {
             .collect()
     }
 
+    /// Whether connections to this address of a pod are not looked into: the pod says so, or a Service
+    /// in front of it does. Where several are, nobody can tell by which of them a client came.
+    #[must_use]
+    pub fn is_opaque(&self, workload: &Workload, address: SocketAddr) -> bool {
+        let leads_here = |port: &ServicePort| {
+            port.opaque && port.endpoints.iter().any(|one| one.address == address)
+        };
+        workload.opaque_ports.contains(address.port())
+            || self
+                .services_of(&workload.uid)
+                .iter()
+                .any(|service| service.ports.iter().any(leads_here))
+    }
+
     /// The HTTPRoutes or GRPCRoutes for requests of clients of this namespace to this port of a
     /// Service. None if there is none: such requests go to the Service itself.
     #[must_use]

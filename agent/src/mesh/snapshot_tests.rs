@@ -30,6 +30,7 @@ fn workload(number: u8, addresses: &[u8], meshed: bool) -> Arc<Workload> {
         labels: Arc::default(),
         named_ports: BTreeMap::new(),
         probe_ports: Default::default(),
+        opaque_ports: Default::default(),
         membership: if meshed {
             Membership::Meshed(Mode::Permissive)
         } else {
@@ -55,6 +56,7 @@ fn service(number: u8, vips: &[u8], ports: &[(u16, Vec<u8>)]) -> Arc<Service> {
                 name: "".into(),
                 port: *port,
                 app_protocol: None,
+                opaque: false,
                 endpoints: endpoints.iter().map(endpoint).collect(),
             })
             .collect(),

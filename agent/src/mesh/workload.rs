@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use serde::Serialize;
 
-use super::{Mode, SpiffeId};
+use super::{Mode, PortSet, SpiffeId};
 
 /// A pod's UID (`metadata.uid`), or `namespace/name` where a manifest gives none.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
@@ -95,6 +95,8 @@ pub struct Workload {
     pub named_ports: BTreeMap<String, u16>,
     /// Ports that the kubelet probes, or calls as lifecycle handlers, over TCP.
     pub probe_ports: BTreeSet<u16>,
+    /// Ports whose connections are not looked into (annotation `undermesh.io/opaque-ports`).
+    pub opaque_ports: PortSet,
     /// Whether and how it belongs to the mesh.
     pub membership: Membership,
     /// Condition `Ready` (a pod without a status counts as ready).
@@ -111,6 +113,15 @@ impl Workload {
             Membership::Meshed(mode) => Some(mode),
             Membership::Outside | Membership::Refused(_) => None,
         }
+    }
+
+    /// The name of its port with this number; empty if it has none.
+    #[must_use]
+    pub fn port_name(&self, number: u16) -> &str {
+        let mut named = self.named_ports.iter();
+        named
+            .find(|(_, port)| **port == number)
+            .map_or("", |(name, _)| name)
     }
 
     /// Whether it has an address of the same family, and so can reach this one.

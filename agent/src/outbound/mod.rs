@@ -22,6 +22,7 @@ use tokio::time::MissedTickBehavior;
 use tokio_util::sync::CancellationToken;
 
 use crate::capture::{Accepted, Capture, EnrolledPod};
+use crate::fairness::{Fairness, Quotas};
 use crate::http::{
     ClientView, HttpCounters, PoolLimits, Protocol, ServerContext, ServerLimits, UpstreamPool,
     Wire, detect, serve_http,
@@ -46,7 +47,8 @@ pub use destinations::Destinations;
 const MAINTENANCE: Duration = Duration::from_secs(1);
 
 /// How long a client may be silent before it is taken for one whose server speaks first, where the
-/// port does not say what is spoken.
+/// port does not say what is spoken and the mesh sets nothing else. Here the client and nobody else
+/// is on the same machine, so it is short, and all that it delays is servers that speak first.
 const SILENCE: Duration = Duration::from_millis(200);
 
 /// Takes captured connections of this node's pods to where they want to go.
@@ -60,6 +62,7 @@ pub struct Outbound {
     counters: Arc<HttpCounters>,
     telemetry: Arc<Telemetry>,
     tunnels: Arc<Pool>,
+    quotas: Arc<Quotas>,
     /// Cancelled when the agent stops: HTTP connections then end with their next answers.
     drain: CancellationToken,
     /// Pods (by netns cookie) whose end is waited for, to clean up after them.
@@ -80,6 +83,10 @@ pub struct OutboundParts {
     pub counters: Arc<HttpCounters>,
     /// Connections and requests are told of here.
     pub telemetry: Arc<Telemetry>,
+    /// Shares of the workers' time, by pod.
+    pub fairness: Arc<Fairness>,
+    /// What requests of one pod may hold.
+    pub quotas: Arc<Quotas>,
     /// Cancelled when the agent stops.
     pub drain: CancellationToken,
 }
@@ -94,7 +101,9 @@ impl Outbound {
                 parts.snapshot.clone(),
                 parts.destinations.clone(),
                 upstreams.clone(),
+                parts.fairness,
             ),
+            quotas: parts.quotas,
             dialer: Dialer::new(parts.certificates, parts.tunnels.clone()),
             snapshot: parts.snapshot,
             destinations: parts.destinations,
@@ -142,8 +151,9 @@ impl Outbound {
         let Some(target) = target else {
             return connection.fail(FailureReason::NoRoute, &"not a destination of the mesh");
         };
+        let silence = snapshot.config().detection_timeout.unwrap_or(SILENCE);
         let protocol = tokio::select! {
-            protocol = detect(&stream, target.hint(&snapshot), SILENCE) => protocol,
+            protocol = detect(&stream, target.hint(&snapshot), silence) => protocol,
             () = pod.gone().cancelled() => Ok(Protocol::Opaque),
         };
         let origin = Origin {
@@ -192,6 +202,7 @@ impl Outbound {
         let caller = Caller {
             workload,
             source: SourceId(pod.netns_cookie()),
+            quota: self.quotas.of(pod.netns_cookie()),
             local,
             frontend: Frontend::from(target),
             view: ClientView {

@@ -78,6 +78,7 @@ mod tests {
             labels: Default::default(),
             named_ports: BTreeMap::new(),
             probe_ports: Default::default(),
+            opaque_ports: Default::default(),
             membership,
             ready: true,
             sandbox: None,

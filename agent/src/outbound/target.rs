@@ -34,14 +34,15 @@ impl Target {
     /// What the port says is spoken there.
     pub(super) fn hint(&self, snapshot: &Snapshot) -> Hint {
         match self {
-            Self::Service { port, .. } => hint(port.app_protocol.as_deref(), &port.name, false),
+            Self::Service { port, .. } => {
+                hint(port.app_protocol.as_deref(), &port.name, port.opaque)
+            }
             Self::Pod(endpoint) => {
                 let pod = pod_of(snapshot, endpoint);
-                let named = pod.into_iter().flat_map(|pod| &pod.named_ports);
-                let mut names = named.filter(|(_, number)| **number == endpoint.address.port());
-                names
-                    .next()
-                    .map_or(Hint::None, |(name, _)| hint(None, name, false))
+                pod.map_or(Hint::None, |pod| {
+                    let opaque = snapshot.is_opaque(pod, endpoint.address);
+                    hint(None, pod.port_name(endpoint.address.port()), opaque)
+                })
             }
         }
     }
@@ -89,7 +90,7 @@ pub(super) fn pod_of<'a>(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::mesh::WorkloadUid;
+    use crate::mesh::{Endpoint, WorkloadUid};
     use crate::telemetry::testing::workload;
 
     fn mesh() -> Snapshot {
@@ -129,6 +130,43 @@ mod tests {
             target,
             Target::Pod(endpoint("10.0.0.1:9000", Some("uid-web")))
         );
+    }
+
+    #[test]
+    fn an_opaque_port_is_one_by_the_services_address_and_by_the_pods() {
+        let mut snapshot = Snapshot::default();
+        let mut cart = (*workload("cart", "10.0.0.2")).clone();
+        cart.opaque_ports = "9000".parse().unwrap();
+        snapshot.insert_workload(Arc::new(cart));
+        let port = |port, opaque, target: &str| ServicePort {
+            name: format!("http-{port}").into(),
+            port,
+            app_protocol: None,
+            opaque,
+            endpoints: Arc::new([Endpoint {
+                address: target.parse().unwrap(),
+                ready: true,
+                workload: Some(WorkloadUid("uid-cart".into())),
+            }]),
+        };
+        snapshot.insert_service(Arc::new(Service {
+            name: ObjectName::new("shop", "cart"),
+            vips: vec!["10.96.0.1".parse().unwrap()],
+            ports: vec![
+                port(80, true, "10.0.0.2:8080"),
+                port(81, false, "10.0.0.2:8081"),
+            ],
+        }));
+        for (dialled, expected) in [
+            ("10.96.0.1:80", Hint::Opaque),
+            ("10.96.0.1:81", Hint::Http),
+            ("10.0.0.2:8080", Hint::Opaque),
+            ("10.0.0.2:8081", Hint::None),
+            ("10.0.0.2:9000", Hint::Opaque),
+        ] {
+            let target = target(&snapshot, dialled.parse().unwrap()).unwrap();
+            assert_eq!(target.hint(&snapshot), expected, "{dialled}");
+        }
     }
 
     #[test]

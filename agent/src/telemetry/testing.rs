@@ -25,6 +25,7 @@ pub(crate) fn workload(name: &str, address: &str) -> Arc<Workload> {
         labels: Arc::default(),
         named_ports: BTreeMap::new(),
         probe_ports: Default::default(),
+        opaque_ports: Default::default(),
         membership: Membership::Meshed(Mode::Strict),
         ready: true,
         sandbox: None,

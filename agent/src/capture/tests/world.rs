@@ -242,6 +242,7 @@ pub fn workload(name: &str, netns: &Path, addresses: &[IpAddr], mode: Mode) -> W
         labels: Arc::default(),
         named_ports: Default::default(),
         probe_ports: Default::default(),
+        opaque_ports: Default::default(),
         membership: Membership::Meshed(mode),
         ready: true,
         sandbox: Some(Sandbox {
@@ -362,6 +363,7 @@ fn service(pod: &Pod) -> Service {
             name: "".into(),
             port: 80,
             app_protocol: None,
+            opaque: false,
             endpoints: Arc::new([Endpoint {
                 address: pod.v4(8080),
                 ready: true,

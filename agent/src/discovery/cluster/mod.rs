@@ -470,6 +470,7 @@ impl Cluster {
                 name: port.name.clone(),
                 port: port.port,
                 app_protocol: port.app_protocol.clone(),
+                opaque: port.opaque,
                 endpoints: endpoints.into(),
             }
         });

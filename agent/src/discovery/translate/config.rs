@@ -1,5 +1,6 @@
 //! `MeshConfig`, Undermesh's own kind: settings of the whole mesh.
 
+use std::ops::RangeInclusive;
 use std::time::Duration;
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
@@ -13,6 +14,11 @@ pub const MESH_CONFIG_API_VERSION: &str = "undermesh.io/v1alpha1";
 
 /// Longest timeout that can be set: a longer one is a mistake of units.
 const TIMEOUT_MAX: Duration = Duration::from_secs(24 * 60 * 60);
+
+/// What can be set for detection: below it no client is fast enough, and beyond it those that wait
+/// for a server to speak first have given up.
+const DETECTION_RANGE: RangeInclusive<Duration> =
+    Duration::from_millis(1)..=Duration::from_secs(10);
 
 /// A `MeshConfig` as it is written.
 #[derive(Debug, Clone, Deserialize)]
@@ -42,6 +48,9 @@ pub struct MeshConfigSpec {
     /// See [`MeshConfig::connect_timeout`]. Above 0, at most 24 h.
     #[serde(default, deserialize_with = "duration")]
     pub connect_timeout: Option<Duration>,
+    /// See [`MeshConfig::detection_timeout`]. 1 ms to 10 s.
+    #[serde(default, deserialize_with = "duration")]
+    pub detection_timeout: Option<Duration>,
     /// See [`MeshConfig::drain_timeout`]. At most 24 h; 0 ends connections at once.
     #[serde(default, deserialize_with = "duration")]
     pub drain_timeout: Option<Duration>,
@@ -64,11 +73,20 @@ impl MeshConfigSpec {
                 "0 lets no connection come about",
             ));
         }
+        if let Some(timeout) = self.detection_timeout
+            && !DETECTION_RANGE.contains(&timeout)
+        {
+            return Err(Fault::new(
+                "spec.detectionTimeout",
+                format!("{timeout:?} is not within 1ms and 10s"),
+            ));
+        }
         Ok(MeshConfig {
             trust_domain,
             mode: self.mode.unwrap_or(default.mode),
             encrypt_same_node: self.encrypt_same_node.unwrap_or(default.encrypt_same_node),
             connect_timeout,
+            detection_timeout: self.detection_timeout,
             drain_timeout: self.drain_timeout.unwrap_or(default.drain_timeout),
         })
     }
@@ -108,13 +126,14 @@ mod tests {
     fn every_setting_is_taken() {
         let spec = serde_json::json!({
             "trustDomain": "mesh.example", "mode": "Strict", "encryptSameNode": true,
-            "connectTimeout": "500ms", "drainTimeout": "2m"
+            "connectTimeout": "500ms", "detectionTimeout": "300ms", "drainTimeout": "2m"
         });
         let expected = MeshConfig {
             trust_domain: "mesh.example".parse().unwrap(),
             mode: Mode::Strict,
             encrypt_same_node: true,
             connect_timeout: Duration::from_millis(500),
+            detection_timeout: Some(Duration::from_millis(300)),
             drain_timeout: Duration::from_secs(120),
         };
         assert_eq!(settings(spec), Ok(expected));
@@ -134,6 +153,14 @@ mod tests {
             (
                 serde_json::json!({"connectTimeout": "0s"}),
                 "spec.connectTimeout: 0 lets no connection come about",
+            ),
+            (
+                serde_json::json!({"detectionTimeout": "0s"}),
+                "spec.detectionTimeout: 0ns is not within 1ms and 10s",
+            ),
+            (
+                serde_json::json!({"detectionTimeout": "10s1ms"}),
+                "spec.detectionTimeout: 10.001s is not within 1ms and 10s",
             ),
             (
                 serde_json::json!({"drainTimeout": "25h"}),

@@ -42,8 +42,11 @@ pub use traffic_policy::{
 
 use std::net::IpAddr;
 
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+
 use super::object::Fault;
-use crate::mesh::{NAME_MAX, is_kubernetes_name};
+use crate::mesh::{NAME_MAX, PortSet, PortSetError, is_kubernetes_name};
+use membership::annotation;
 
 /// A name that can stand in an identity, a path and a log line.
 pub(super) fn check_name(field: &str, name: &str) -> Result<(), Fault> {
@@ -62,6 +65,24 @@ pub(super) fn check_port(field: impl Into<String>, number: i32) -> Result<u16, F
         .ok()
         .filter(|&port| port != 0)
         .ok_or_else(|| Fault::new(field, format!("{number} is not a port: 1 to 65535")))
+}
+
+/// Annotation of a Pod or a Service: its ports whose connections are not looked into, as Linkerd's
+/// `config.linkerd.io/opaque-ports` lists them.
+pub const OPAQUE_PORTS_ANNOTATION: &str = "undermesh.io/opaque-ports";
+
+/// The ports that [`OPAQUE_PORTS_ANNOTATION`] lists.
+pub(super) fn opaque_ports(metadata: &ObjectMeta) -> Result<PortSet, Fault> {
+    let listed = annotation(metadata, OPAQUE_PORTS_ANNOTATION).map(str::parse);
+    listed
+        .transpose()
+        .map(Option::unwrap_or_default)
+        .map_err(|error: PortSetError| {
+            Fault::new(
+                format!("metadata.annotations[{OPAQUE_PORTS_ANNOTATION}]"),
+                error.to_string(),
+            )
+        })
 }
 
 /// An address that a pod or a Service can have.

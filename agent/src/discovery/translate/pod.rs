@@ -11,7 +11,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, OwnerReference}
 use super::super::object::Fault;
 use super::membership::{Placement, Wish, annotation, membership, obstacle};
 use super::probes::probe_ports;
-use super::{NamespaceFacts, check_address, check_name, check_port, is_tcp};
+use super::{NamespaceFacts, check_address, check_name, check_port, is_tcp, opaque_ports};
 use crate::mesh::{
     Membership, MeshConfig, ObjectName, Sandbox, SpiffeId, TrustDomain, Workload, WorkloadUid,
 };
@@ -101,6 +101,7 @@ impl PodFacts {
             labels: Arc::new(labels),
             named_ports: named_ports(pod)?,
             probe_ports,
+            opaque_ports: opaque_ports(metadata)?,
             membership: Membership::Outside,
             ready: is_ready(pod),
             sandbox: sandbox(metadata)?,

@@ -50,6 +50,14 @@ fn fault(change: impl FnOnce(&mut Value)) -> (String, String) {
 }
 
 #[test]
+fn a_pods_opaque_ports_are_those_that_it_lists() {
+    let workload = workload(pod(|pod| {
+        pod["metadata"]["annotations"]["undermesh.io/opaque-ports"] = "25, 9000-9100".into();
+    }));
+    assert_eq!(workload.opaque_ports, "25,9000-9100".parse().unwrap());
+}
+
+#[test]
 fn a_pod_becomes_a_workload_with_all_that_the_mesh_knows_of_it() {
     let workload = workload(pod(|pod| {
         pod["metadata"]["labels"]["app.kubernetes.io/version"] = "v2".into();
@@ -260,6 +268,11 @@ fn each_fault_names_its_field_and_its_reason() {
         fault(|pod| pod["metadata"]["annotations"]["undermesh.io/netns"] = "web".into()),
         "metadata.annotations[undermesh.io/netns]",
         "\"web\" is not an absolute path",
+    );
+    expect(
+        fault(|pod| pod["metadata"]["annotations"]["undermesh.io/opaque-ports"] = "25,db".into()),
+        "metadata.annotations[undermesh.io/opaque-ports]",
+        "\"db\" is not a port or a range: 1 to 65535, or two of them like \"9000-9100\"",
     );
     expect(
         fault(|pod| pod["spec"]["serviceAccountName"] = "a/b".into()),

@@ -8,8 +8,8 @@ use k8s_openapi::api::core::v1::{Service, ServicePort, ServiceSpec};
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 
 use super::super::object::Fault;
-use super::{check_address, check_name, check_port, is_tcp};
-use crate::mesh::ObjectName;
+use super::{check_address, check_name, check_port, is_tcp, opaque_ports};
+use crate::mesh::{ObjectName, PortSet};
 
 /// What the mesh needs to know of a Service.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -46,6 +46,8 @@ pub struct PortFacts {
     pub target: TargetPort,
     /// `appProtocol`.
     pub app_protocol: Option<Arc<str>>,
+    /// Whether the Service's annotation names it as one that is not looked into.
+    pub opaque: bool,
 }
 
 /// Which port of a pod is meant.
@@ -74,7 +76,7 @@ impl ServiceFacts {
         Ok(Some(Self {
             name: ObjectName::new(namespace, name),
             vips: vips(service, spec)?,
-            ports: ports(spec)?,
+            ports: ports(spec, &opaque_ports(metadata)?)?,
             selector: spec.selector.clone().unwrap_or_default(),
             unready: match spec.publish_not_ready_addresses {
                 Some(true) => Unready::Published,
@@ -156,7 +158,7 @@ fn indexed<'a>(
         .map(move |(index, item)| (format!("{list}[{index}]"), item.as_str()))
 }
 
-fn ports(spec: &ServiceSpec) -> Result<Vec<PortFacts>, Fault> {
+fn ports(spec: &ServiceSpec, opaque: &PortSet) -> Result<Vec<PortFacts>, Fault> {
     let given = spec.ports.as_deref().unwrap_or_default();
     let mut names = BTreeSet::new();
     let mut numbers = BTreeSet::new();
@@ -192,6 +194,7 @@ fn ports(spec: &ServiceSpec) -> Result<Vec<PortFacts>, Fault> {
             port: number,
             target,
             app_protocol: port.app_protocol.as_deref().map(Into::into),
+            opaque: opaque.contains(number),
         });
     }
     Ok(ports)

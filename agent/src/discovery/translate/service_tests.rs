@@ -68,6 +68,32 @@ fn only_tcp_ports_count_and_targets_are_numbers_or_names() {
 }
 
 #[test]
+fn opaque_ports_are_those_of_the_service_not_of_its_pods() {
+    let annotated = |ports: &str| {
+        let manifest = json!({
+            "metadata": {"name": "web", "namespace": "shop",
+                "annotations": {"undermesh.io/opaque-ports": ports}},
+            "spec": {"ports": [
+                {"name": "mysql", "port": 3306, "targetPort": 9999},
+                {"name": "web", "port": 80, "targetPort": 3306}]}});
+        ServiceFacts::of(&serde_json::from_value(manifest).unwrap())
+    };
+    let facts = annotated("3300-3310,9999").unwrap().unwrap();
+    let opaque: Vec<_> = facts.ports.iter().map(|port| port.opaque).collect();
+    assert_eq!(opaque, [true, false]);
+    let fault = annotated("3306;80").unwrap_err();
+    assert_eq!(
+        fault.field,
+        "metadata.annotations[undermesh.io/opaque-ports]"
+    );
+    assert!(
+        fault
+            .reason
+            .starts_with("\"3306;80\" is not a port or a range")
+    );
+}
+
+#[test]
 fn an_external_name_is_of_no_concern() {
     let spec = json!({"type": "ExternalName", "externalName": "example.com"});
     assert_eq!(facts(spec, json!({})), Ok(None));

@@ -36,6 +36,7 @@ pub(super) fn mesh(endpoints: &[Endpoint]) -> Snapshot {
             name: "".into(),
             port: 80,
             app_protocol: None,
+            opaque: false,
             endpoints: endpoints.into(),
         }],
     }));

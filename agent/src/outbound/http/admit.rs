@@ -1,15 +1,16 @@
-//! What a request has to pass before it is sent: faults on purpose, limits, the breaker.
+//! What a request has to pass before it is sent: its pod's quota, faults on purpose, limits, the
+//! breaker.
 
 use std::time::Duration;
 
 use super::leg::{Leg, To};
 use super::refusal::Refusal;
 use super::request::Outgoing;
-use super::{Client, Network};
+use super::{Client, Frontend, Network};
 use crate::resilience::breaker::Permit;
 use crate::resilience::limit::{Axis, Slot};
 use crate::resilience::{Outcome, Timestamp};
-use crate::telemetry::RequestEvent;
+use crate::telemetry::{RequestEvent, RequestRecord};
 
 /// Leave to be sent. Dropped, it gives everything back, and is no verdict.
 #[derive(Default)]
@@ -36,6 +37,24 @@ impl Admission {
             permit.finish(outcome, now);
         }
     }
+}
+
+/// A place among the requests of its pod, until it is dropped. Comes before everything else, so that
+/// a pod which asks for more than its share costs its neighbours next to nothing.
+pub(super) fn of_pod<N: Network>(
+    client: &Client<N>,
+    record: &mut RequestRecord,
+) -> Result<Slot, Refusal> {
+    let admitted = client.caller.quota.admit(&client.engine.fairness);
+    admitted.map_err(|unserved| {
+        if let Frontend::Service { service, .. } = &client.caller.frontend {
+            record.route(Some(service), None);
+        }
+        record.event(RequestEvent::ShedSource);
+        record.detail(&unserved);
+        record.flag(Refusal::Overload.flag());
+        Refusal::Overload
+    })
 }
 
 /// Asks all who may refuse. The breaker comes last, so that a place of its probes is taken by none

@@ -20,6 +20,7 @@ use crate::http::{BodyError, ProxyBody, Replay, UpstreamBody, to_downstream};
 use crate::outbound::clock::Clock;
 use crate::outbound::destinations::EndpointId;
 use crate::resilience::destination::Attempt;
+use crate::resilience::limit::Slot;
 use crate::resilience::{Failure, Outcome, Timestamp};
 use crate::telemetry::{RequestEnd, RequestRecord, ResponseFlag};
 
@@ -91,8 +92,10 @@ pub(super) fn pass_on<N: Network>(
         kind,
         mut record,
         deadline,
+        place,
         ..
     } = request;
+    sent.settle();
     to_downstream(&mut head);
     if let Some(by) = &routed.by {
         by.answer_session(endpoint, &mut head);
@@ -129,7 +132,11 @@ pub(super) fn pass_on<N: Network>(
         sent,
         timer: None,
         clock,
-        watch: Some(Watch { judges, record }),
+        watch: Some(Watch {
+            judges,
+            record,
+            place,
+        }),
     };
     if outcome
         .is_some_and(|outcome| outcome.of_destination() == Some(crate::resilience::Verdict::Bad))
@@ -181,6 +188,8 @@ struct AnswerBody {
 struct Watch {
     judges: Judges,
     record: RequestRecord,
+    /// Among the requests of its pod.
+    place: Slot,
 }
 
 /// Why a body does not go on.
@@ -200,9 +209,14 @@ impl AnswerBody {
     }
 
     fn end(&mut self, end: RequestEnd) {
-        let Some(Watch { judges, record }) = self.watch.take() else {
+        let Some(watch) = self.watch.take() else {
             return;
         };
+        let Watch {
+            judges,
+            record,
+            place,
+        } = watch;
         let told = self.outcome;
         let is_bad =
             told.is_some_and(|told| told.of_destination() == Some(crate::resilience::Verdict::Bad));
@@ -222,6 +236,7 @@ impl AnswerBody {
         judges.finish(outcome, self.clock.now());
         record.bytes().add_received(self.sent.taken());
         record.close(end);
+        drop(place);
     }
 
     fn passed(&mut self, frame: &Frame<Bytes>) {

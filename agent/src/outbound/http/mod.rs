@@ -1,6 +1,6 @@
 //! HTTP from a pod of this node to the mesh. One request's way:
 //!
-//! its route is found ([`route`]), whose filters change it or answer it; faults, limits and the
+//! its pod must not have more under way than it may; its route is found ([`route`]), whose filters change it or answer it; faults, limits and the
 //! breaker of its destination let it pass or not ([`admit`]); attempts are made until one is
 //! answered for good ([`attempt`]); the answer goes to the client, and its end tells breaker,
 //! ejection and telemetry how it went ([`answer`]). What cannot be had is answered here and says why
@@ -34,6 +34,7 @@ use tokio::sync::Semaphore;
 
 use super::clock::Clock;
 use super::destinations::{Destinations, EndpointId};
+use crate::fairness::{Fairness, Quota};
 use crate::http::{ClientView, ProxyBody, ResetNow, UpstreamPool};
 use crate::mesh::{ObjectName, SharedSnapshot, Workload};
 use crate::resilience::ejection::SourceId;
@@ -63,6 +64,8 @@ pub struct Engine {
     pool: Arc<UpstreamPool>,
     /// Retries of requests to pods' own addresses are paid from here.
     direct_budget: Arc<RetryBudget>,
+    /// Whose work is late.
+    fairness: Arc<Fairness>,
     mirrors: Arc<Semaphore>,
 }
 
@@ -73,12 +76,14 @@ impl Engine {
         snapshot: SharedSnapshot,
         destinations: Arc<Destinations>,
         pool: Arc<UpstreamPool>,
+        fairness: Arc<Fairness>,
     ) -> Arc<Self> {
         Arc::new(Self {
             snapshot,
             destinations,
             pool,
             direct_budget: Arc::new(RetryBudget::new(&Default::default())),
+            fairness,
             mirrors: Arc::new(Semaphore::new(MIRRORS)),
         })
     }
@@ -93,6 +98,8 @@ pub(super) struct Caller {
     /// The pod.
     pub(super) workload: Arc<Workload>,
     pub(super) source: SourceId,
+    /// What it may hold of the agent.
+    pub(super) quota: Arc<Quota>,
     /// The address that it dialled.
     pub(super) local: SocketAddr,
     /// What that address stands for.
@@ -135,13 +142,21 @@ impl<N: Network> Client<N> {
         self: Arc<Self>,
         request: Request<Incoming>,
     ) -> Result<Response<ProxyBody>, ResetNow> {
-        let view = self.view();
         let mut arrived = Arrived::receive(&self, request);
+        let place = match admit::of_pod(&self, &mut arrived.record) {
+            Ok(place) => place,
+            Err(refusal) => {
+                let answer = refusal.respond(&arrived.head.headers, &RatesSettings::default());
+                return Ok(own(answer, arrived.record));
+            }
+        };
+        let view = self.view();
         let routed = match route::route(&self, &view, &mut arrived) {
             Ok(routed) => routed,
             Err(answer) => return Ok(own(*answer, arrived.record)),
         };
-        let mut request = arrived.over(&routed.leg, self.engine.clock().now());
+        let now = self.engine.clock().now();
+        let mut request = arrived.over(&routed.leg, &self.caller.quota, place, now);
         let asked = self.ask(&view, &routed, &mut request).await;
         mirror::copy(&self, &view, &routed, &mut request);
         Ok(match asked {

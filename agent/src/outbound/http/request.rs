@@ -1,14 +1,18 @@
 //! A request on its way: what all its attempts share.
 
+use std::sync::Arc;
+
 use http::header::HOST;
 use http::{HeaderName, HeaderValue, Request, Version, request};
-use hyper::body::Incoming;
+use hyper::body::{Body, Incoming};
 
 use super::deadline;
 use super::leg::Leg;
 use super::{Client, Network};
+use crate::fairness::Quota;
 use crate::http::{Replay, ReplayBody, RequestId, is_grpc, to_upstream};
 use crate::resilience::Timestamp;
+use crate::resilience::limit::Slot;
 use crate::resilience::retry;
 use crate::resilience::timeout::Deadline;
 use crate::telemetry::{HttpProtocol, RequestInfo, RequestRecord};
@@ -33,6 +37,8 @@ pub(super) struct Outgoing {
     pub(super) kind: Kind,
     pub(super) deadline: Deadline,
     pub(super) record: RequestRecord,
+    /// Its place among the requests of its pod.
+    pub(super) place: Slot,
 }
 
 /// How a request's answers are judged.
@@ -80,17 +86,36 @@ impl Arrived {
         }
     }
 
-    /// It goes on over this leg, by whose policy so much of its body is kept to send it again, and
-    /// it has so much time.
-    pub(super) fn over(self, leg: &Leg, now: Timestamp) -> Outgoing {
+    /// It goes on over this leg, by whose policy so much of its body is kept to send it again, if
+    /// its pod has room for that, and it has so much time.
+    pub(super) fn over(
+        self,
+        leg: &Leg,
+        quota: &Arc<Quota>,
+        place: Slot,
+        now: Timestamp,
+    ) -> Outgoing {
         Outgoing {
             deadline: deadline::deadline(&leg.timeouts, &self.head.headers, now),
-            body: Replay::new(self.body, leg.retry.replay_bytes),
+            body: keep(self.body, leg.retry.replay_bytes, quota),
             head: self.head,
             kind: self.kind,
             record: self.record,
+            place,
         }
     }
+}
+
+/// The body, of which at most so much is kept. A body that is known to be smaller needs no more room
+/// than that.
+fn keep(body: Incoming, most: usize, quota: &Arc<Quota>) -> Replay {
+    if body.is_end_stream() {
+        return Replay::empty();
+    }
+    let size = body.size_hint().exact();
+    let size = size.and_then(|size| usize::try_from(size).ok());
+    let bytes = size.map_or(most, |size| size.min(most));
+    Replay::within(body, quota.reserve(bytes))
 }
 
 impl Outgoing {

@@ -16,6 +16,7 @@ use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
 use super::*;
+use crate::fairness::{Monotonic, QuotaLimits, Quotas};
 use crate::http::{
     HttpCounters, HttpIo, PoolLimits, ServerContext, ServerLimits, Side, serve_http,
 };
@@ -239,6 +240,7 @@ pub(super) struct World {
     pub(super) destinations: Arc<Destinations>,
     pub(super) engine: Arc<Engine>,
     pub(super) telemetry: Arc<Telemetry>,
+    pub(super) quotas: Quotas,
     pub(super) denied: Arc<Mutex<HashSet<SocketAddr>>>,
     pub(super) dialled: Arc<AtomicUsize>,
 }
@@ -250,12 +252,19 @@ pub(super) fn name(service: &str) -> ObjectName {
 impl World {
     /// A Service `cart` with these endpoints.
     pub(super) fn new(endpoints: &[SocketAddr]) -> Self {
+        Self::bounded(endpoints, QuotaLimits::default())
+    }
+
+    /// The same, with bounds for each pod.
+    pub(super) fn bounded(endpoints: &[SocketAddr], limits: QuotaLimits) -> Self {
         let snapshot: SharedSnapshot = Arc::new(ArcSwap::from_pointee(Snapshot::default()));
         let sink = Arc::new(EventLog::new(1000));
         let destinations = Destinations::new(snapshot.clone(), "node-a", Clock::start(), sink);
         let pool = UpstreamPool::new(PoolLimits::default());
+        let fairness = Fairness::start(Monotonic::default(), CancellationToken::new());
         let world = Self {
-            engine: Engine::new(snapshot.clone(), destinations.clone(), pool),
+            engine: Engine::new(snapshot.clone(), destinations.clone(), pool, fairness),
+            quotas: Quotas::new(limits),
             telemetry: Telemetry::new(),
             snapshot,
             destinations,
@@ -285,6 +294,7 @@ impl World {
                 name: "".into(),
                 port: 80,
                 app_protocol: None,
+                opaque: false,
                 endpoints: endpoints.iter().map(endpoint).collect(),
             }],
         };
@@ -319,13 +329,19 @@ impl World {
 
     /// Serves one connection of a pod of `shop`, to this Service.
     pub(super) async fn connect(&self, service: &str, wire: Wire) -> Connection {
+        self.connect_from(7, service, wire).await
+    }
+
+    /// The same, of the pod with this number.
+    pub(super) async fn connect_from(&self, number: u64, service: &str, wire: Wire) -> Connection {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let local = listener.local_addr().unwrap();
         let (near, accepted) = tokio::join!(TcpStream::connect(local), listener.accept());
         let (stream, peer) = accepted.unwrap();
         let pod = workload("web", "127.0.0.1");
         let caller = Caller {
-            source: SourceId(7),
+            source: SourceId(number),
+            quota: self.quotas.of(number),
             local: "10.96.0.1:80".parse().unwrap(),
             frontend: Frontend::Service {
                 service: name(service),

@@ -6,6 +6,7 @@ mod judged;
 mod refused;
 mod retried;
 mod routed;
+mod shared;
 
 use std::net::SocketAddr;
 use std::sync::Arc;
