@@ -211,7 +211,6 @@ mod tests {
                 "abort" => json!({ "percentage": 1 }),
                 "delay" => json!({ "percentage": 1, "time": "1s" }),
                 "perSource" | "perRoute" | "total" => json!({ "requestsPerSecond": 1 }),
-                "hedge" => json!({ "after": "1s" }),
                 "backend" => json!({ "name": "cart", "port": 80 }),
                 "response" => json!({ "status": 503 }),
                 _ => json!({}),

@@ -38,7 +38,9 @@ const BUFFER_BYTES: usize = 128 * 1024;
 pub(super) struct H1 {
     sender: SendRequest<ReplayBody>,
     connection: Connection<TokioIo<HttpIo>, ReplayBody>,
-    requests: u64,
+    requests: u32,
+    /// Requests after which it is used no more.
+    most: Option<u32>,
     /// Since when it idles.
     pub(super) since: Instant,
     _held: Option<Held>,
@@ -66,6 +68,7 @@ impl H1 {
             sender,
             connection,
             requests: 0,
+            most: None,
             since: Instant::now(),
             _held: connected.held,
         }))
@@ -73,6 +76,16 @@ impl H1 {
 
     pub(super) fn is_reused(&self) -> bool {
         self.requests > 0
+    }
+
+    /// From now on it carries so many requests at most, with those that it has carried.
+    pub(super) fn limit(&mut self, most: Option<u32>) {
+        self.most = most;
+    }
+
+    /// Whether it has carried as many requests as it may.
+    pub(super) fn is_spent(&self) -> bool {
+        self.most.is_some_and(|most| self.requests >= most)
     }
 
     /// What it could do now.
@@ -115,7 +128,7 @@ impl H1 {
         home: Arc<Upstreams>,
         mut request: Request<ReplayBody>,
     ) -> Result<Response<UpstreamBody>, SendError> {
-        self.requests += 1;
+        self.requests = self.requests.saturating_add(1);
         let tail = request.body().tail();
         let gate = hold_back(&mut request);
         let mut patience = pin!(gate.as_ref().map(|_| sleep(CONTINUE_AFTER)));

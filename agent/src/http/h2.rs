@@ -2,7 +2,6 @@
 
 use std::future::poll_fn;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::{Context, Poll, Waker, ready};
 use std::time::Duration;
 
@@ -12,8 +11,9 @@ use h2::{Reason, RecvStream, SendStream};
 use http::{HeaderMap, Request, Response};
 use hyper::body::{Body, Frame, SizeHint};
 use parking_lot::Mutex;
+use tokio::runtime::Handle;
 use tokio::task::AbortHandle;
-use tokio::time::Instant;
+use tokio::time::{Instant, sleep};
 
 use super::body::BodyError;
 use super::client::{Kind, Lease, NeverSent, SendError, UpstreamBody, UpstreamBodyKind};
@@ -40,16 +40,20 @@ const HEADER_LIST: u32 = 64 * 1024;
 /// So much of a body is handed to h2 at once.
 const CHUNK: usize = 64 * 1024;
 
+/// How long the end of a connection may take to be written.
+const LINGER: Duration = Duration::from_secs(1);
+
 /// A connection, driven by a task of its own.
 pub(super) struct H2 {
     requests: SendRequest<Bytes>,
     usage: Mutex<Usage>,
-    served: AtomicU64,
     task: AbortHandle,
 }
 
 struct Usage {
     streams: usize,
+    /// Streams so far.
+    served: u32,
     idle_since: Instant,
     retired: bool,
 }
@@ -72,8 +76,16 @@ impl Drop for H2Place {
 
 impl Drop for H2 {
     fn drop(&mut self) {
-        // The last place is gone, and nobody can come for another.
-        self.task.abort();
+        // The last place is gone, and nobody can come for another. The end of one that is retired
+        // goes out in order, which a peer that does not read it cannot put off.
+        let task = self.task.clone();
+        match Handle::try_current() {
+            Ok(runtime) if self.usage.get_mut().retired => drop(runtime.spawn(async move {
+                sleep(LINGER).await;
+                task.abort();
+            })),
+            _ => task.abort(),
+        }
     }
 }
 
@@ -104,10 +116,10 @@ impl H2 {
             requests,
             usage: Mutex::new(Usage {
                 streams: 0,
+                served: 0,
                 idle_since: Instant::now(),
                 retired: false,
             }),
-            served: AtomicU64::new(0),
             task: task.abort_handle(),
         }))
     }
@@ -130,12 +142,23 @@ impl H2 {
         self.requests.current_max_send_streams().min(STREAMS)
     }
 
-    pub(super) fn claim(self: &Arc<Self>) -> H2Place {
-        self.usage.lock().streams += 1;
-        H2Place {
-            connection: self.clone(),
-            reused: self.served.fetch_add(1, Ordering::Relaxed) > 0,
+    /// A place for a stream, if the connection has not carried as many as this request wants at most
+    /// on one. The last one retires it.
+    pub(super) fn claim(self: &Arc<Self>, most: Option<u32>) -> Option<H2Place> {
+        let mut usage = self.usage.lock();
+        let most = most.unwrap_or(u32::MAX);
+        if usage.retired || usage.served >= most {
+            usage.retired = true;
+            return None;
         }
+        let reused = usage.served > 0;
+        usage.served += 1;
+        usage.retired = usage.served >= most;
+        usage.streams += 1;
+        Some(H2Place {
+            connection: self.clone(),
+            reused,
+        })
     }
 
     /// Since when it has had no stream.

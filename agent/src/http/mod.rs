@@ -34,8 +34,8 @@ pub use guard::{BadRequest, check_authority};
 pub use headers::{ClientView, RequestId, Side, to_downstream, to_upstream};
 pub use io::HttpIo;
 pub use pool::{
-    Connected, Held, PoolCounters, PoolLimits, PoolStatus, UpstreamKey, UpstreamPool, Upstreams,
-    Way,
+    Connected, Held, PoolCounters, PoolLimits, PoolStatus, Terms, UpstreamKey, UpstreamPool,
+    Upstreams, Way,
 };
 pub use replay::{Replay, ReplayBody};
 pub use respond::{Dialect, REASON, is_grpc, own_response, own_response_in};

@@ -13,7 +13,7 @@ use serde::Serialize;
 use tokio::sync::watch;
 use tokio::time::{Instant, MissedTickBehavior};
 
-use super::client::{Lease, SendError};
+use super::client::{Lease, NeverSent, SendError};
 use super::h1::{Condition, H1};
 use super::h2::{self, Fitness, H2};
 use super::io::HttpIo;
@@ -72,6 +72,14 @@ impl Default for PoolLimits {
             h2_per_key: 8,
         }
     }
+}
+
+/// What a request asks of its connection, beyond that it leads to the endpoint.
+#[derive(Debug, Clone, Default)]
+pub struct Terms {
+    /// Requests that a connection carries at most, this one too: one that has carried as many is
+    /// closed in order, and another made. None is no limit.
+    pub requests: Option<u32>,
 }
 
 /// Whatever has to live as long as a connection: a permit, a guard that counts.
@@ -182,18 +190,21 @@ impl Upstreams {
     }
 
     /// See [`UpstreamPool::get`].
-    pub async fn get<C, F, E>(self: &Arc<Self>, connect: C) -> Result<Lease, E>
+    pub async fn get<C, F, E>(self: &Arc<Self>, terms: &Terms, connect: C) -> Result<Lease, E>
     where
         C: FnOnce() -> F,
         F: Future<Output = Result<Connected, E>>,
         E: From<SendError>,
     {
         match self.protocol {
-            Wire::Http1 => match self.take_idle() {
+            Wire::Http1 => match self.take_idle(terms) {
                 Some(connection) => Ok((connection, self.clone()).into()),
-                None => self.connect_h1(connect().await?).await.map_err(E::from),
+                None => {
+                    let made = self.connect_h1(connect().await?, terms).await;
+                    made.map_err(E::from)
+                }
             },
-            Wire::Http2 => self.get_h2(connect).await,
+            Wire::Http2 => self.get_h2(terms, connect).await,
         }
     }
 
@@ -204,37 +215,54 @@ impl Upstreams {
                 count(&self.totals.created);
                 self.take_back(new_h1(connected).await?);
             }
-            Wire::Http2 => drop(self.connect_h2(connected).await?),
+            Wire::Http2 => {
+                count(&self.totals.created);
+                self.keep_h2(new_h2(connected).await?);
+            }
         }
         Ok(())
     }
 
-    async fn connect_h1(self: &Arc<Self>, connected: Connected) -> Result<Lease, SendError> {
+    async fn connect_h1(
+        self: &Arc<Self>,
+        connected: Connected,
+        terms: &Terms,
+    ) -> Result<Lease, SendError> {
         count(&self.totals.created);
-        let connection = new_h1(connected).await?;
+        let mut connection = new_h1(connected).await?;
+        connection.limit(terms.requests);
         Ok((connection, self.clone()).into())
     }
 
-    async fn connect_h2(self: &Arc<Self>, connected: Connected) -> Result<Lease, SendError> {
+    async fn connect_h2(&self, connected: Connected, terms: &Terms) -> Result<Lease, SendError> {
         count(&self.totals.created);
-        let connection = H2::new(connected)
-            .await
-            .map_err(|error| SendError::Reset(error.into()))?;
-        let place = connection.claim();
-        if self.is_closed() {
-            connection.retire();
-        } else {
-            self.state.lock().multiplexed.push(connection);
-        }
+        let connection = new_h2(connected).await?;
+        let place = connection.claim(terms.requests);
+        self.keep_h2(connection);
+        // No policy allows a connection less than one request.
+        let place = place.ok_or(SendError::NeverSent(NeverSent::ClosedBeforeSent))?;
         Ok(place.into())
     }
 
+    fn keep_h2(&self, connection: Arc<H2>) {
+        let mut state = self.state.lock();
+        if self.is_closed() {
+            connection.retire();
+        } else {
+            state.multiplexed.push(connection);
+        }
+    }
+
     /// Looks for an idle connection that is still good.
-    fn take_idle(&self) -> Option<Box<H1>> {
+    fn take_idle(&self, terms: &Terms) -> Option<Box<H1>> {
         loop {
             let mut connection = self.state.lock().idle.pop()?;
             self.totals.idle.fetch_sub(1, Ordering::Relaxed);
+            connection.limit(terms.requests);
             match connection.condition() {
+                Condition::Free if connection.is_spent() => {
+                    tokio::spawn(connection.close());
+                }
                 Condition::Free => {
                     count(&self.totals.reused);
                     return Some(connection);
@@ -248,8 +276,12 @@ impl Upstreams {
         }
     }
 
-    /// A connection that can take another request.
+    /// A connection whose request is over: it is kept for the next, if it may carry another.
     pub(super) fn take_back(&self, mut connection: Box<H1>) {
+        if connection.is_spent() {
+            tokio::spawn(connection.close());
+            return;
+        }
         connection.since = Instant::now();
         let surplus = {
             let mut state = self.state.lock();
@@ -270,7 +302,7 @@ impl Upstreams {
         }
     }
 
-    async fn get_h2<C, F, E>(self: &Arc<Self>, connect: C) -> Result<Lease, E>
+    async fn get_h2<C, F, E>(self: &Arc<Self>, terms: &Terms, connect: C) -> Result<Lease, E>
     where
         C: FnOnce() -> F,
         F: Future<Output = Result<Connected, E>>,
@@ -281,7 +313,7 @@ impl Upstreams {
             loop {
                 let mut flight = {
                     let mut state = self.state.lock();
-                    if let Some(lease) = self.multiplex(&mut state) {
+                    if let Some(lease) = self.multiplex(&mut state, terms) {
                         return Ok(lease);
                     }
                     // Whoever has waited for another's handshake in vain makes its own.
@@ -301,7 +333,7 @@ impl Upstreams {
         };
         let connected = connect().await;
         let lease = match connected {
-            Ok(connected) => self.connect_h2(connected).await.map_err(E::from),
+            Ok(connected) => self.connect_h2(connected, terms).await.map_err(E::from),
             Err(error) => Err(error),
         };
         drop(landed);
@@ -313,16 +345,16 @@ impl Upstreams {
     }
 
     /// A stream on a connection that has room, or on the least loaded if no more may be made.
-    fn multiplex(&self, state: &mut State) -> Option<Lease> {
-        state
-            .multiplexed
-            .retain(|connection| connection.fitness() != Fitness::Dead);
-        let room = state
-            .multiplexed
-            .iter()
-            .find(|connection| connection.fitness() == Fitness::Room);
-        let connection =
-            match room {
+    fn multiplex(&self, state: &mut State, terms: &Terms) -> Option<Lease> {
+        loop {
+            state
+                .multiplexed
+                .retain(|connection| connection.fitness() != Fitness::Dead);
+            let room = state
+                .multiplexed
+                .iter()
+                .find(|connection| connection.fitness() == Fitness::Room);
+            let connection = match room {
                 Some(connection) => connection,
                 None if state.multiplexed.len() >= self.limits.h2_per_key => state
                     .multiplexed
@@ -330,8 +362,12 @@ impl Upstreams {
                     .min_by_key(|connection| connection.streams())?,
                 None => return None,
             };
-        count(&self.totals.reused);
-        Some(connection.claim().into())
+            // One that has no place to give is retired by that, and looked at no more.
+            if let Some(place) = connection.claim(terms.requests) {
+                count(&self.totals.reused);
+                return Some(place.into());
+            }
+        }
     }
 
     fn is_closed(&self) -> bool {
@@ -443,13 +479,18 @@ impl UpstreamPool {
 
     /// An idle HTTP/1 connection, or a HTTP/2 one with room, or a new one made by `connect`. Safe to
     /// cancel.
-    pub async fn get<C, F, E>(&self, key: &UpstreamKey, connect: C) -> Result<Lease, E>
+    pub async fn get<C, F, E>(
+        &self,
+        key: &UpstreamKey,
+        terms: &Terms,
+        connect: C,
+    ) -> Result<Lease, E>
     where
         C: FnOnce() -> F,
         F: Future<Output = Result<Connected, E>>,
         E: From<SendError>,
     {
-        self.upstreams(key).get(connect).await
+        self.upstreams(key).get(terms, connect).await
     }
 
     /// The connections of a key.
@@ -552,6 +593,11 @@ async fn sweep(pool: Weak<UpstreamPool>) {
 
 async fn new_h1(connected: Connected) -> Result<Box<H1>, SendError> {
     let made = H1::new(connected).await;
+    made.map_err(|error| SendError::Reset(error.into()))
+}
+
+async fn new_h2(connected: Connected) -> Result<Arc<H2>, SendError> {
+    let made = H2::new(connected).await;
     made.map_err(|error| SendError::Reset(error.into()))
 }
 

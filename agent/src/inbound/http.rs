@@ -15,7 +15,7 @@ use super::gate::{Caller, Refused, RequestGate};
 use crate::http::{
     BodyEnd, BodyWatch, ClientView, Connected, Dialect, HttpCounters, HttpIo, PoolLimits,
     ProxyBody, Replay, RequestId, ResetNow, SendError, Served, ServerContext, ServerLimits, Side,
-    Upstreams, Wire, own_response_in, serve_http, to_downstream, to_upstream,
+    Terms, Upstreams, Wire, own_response_in, serve_http, to_downstream, to_upstream,
 };
 use crate::mesh::Workload;
 use crate::telemetry::{
@@ -170,7 +170,7 @@ impl<R: Redial> Visit<R> {
             let socket = self.redial.redial().await.map_err(Unanswered::Unreached)?;
             Ok::<_, Unanswered>(Connected::from(socket))
         };
-        let lease = self.upstreams.get(connect).await?;
+        let lease = self.upstreams.get(&Terms::default(), connect).await?;
         if !lease.is_reused() {
             let request = Request::from_parts(head, replay.attempt());
             return Ok(lease.send(request).await?);
@@ -180,7 +180,7 @@ impl<R: Redial> Visit<R> {
             Err(SendError::NeverSent(_)) => {}
             sent => return Ok(sent?),
         }
-        let lease = self.upstreams.get(connect).await?;
+        let lease = self.upstreams.get(&Terms::default(), connect).await?;
         let request = Request::from_parts(head, replay.attempt());
         Ok(lease.send(request).await?)
     }

@@ -240,7 +240,10 @@ async fn a_refused_stream_and_a_goaway_are_provably_unsent() {
         .await;
         let pool = UpstreamPool::new(PoolLimits::default());
         let key = key(upstream.address, Wire::Http2);
-        let lease = pool.get(&key, || dial(key.endpoint)).await.unwrap();
+        let lease = pool
+            .get(&key, &Terms::default(), || dial(key.endpoint))
+            .await
+            .unwrap();
         let request = ::http::Request::builder()
             .uri("http://shop/")
             .version(::http::Version::HTTP_2)
@@ -253,6 +256,52 @@ async fn a_refused_stream_and_a_goaway_are_provably_unsent() {
             "{error:?}"
         );
     }
+}
+
+#[tokio::test]
+async fn a_connection_opens_as_many_streams_as_it_may_and_ends_in_order_after_the_last() {
+    let (sender, mut heard) = mpsc::unbounded_channel();
+    let upstream = Upstream::new(move |stream| {
+        let sender = sender.clone();
+        async move {
+            let mut connection = ::h2::server::handshake(stream).await.unwrap();
+            let mut streams = 0;
+            let in_order = loop {
+                match connection.accept().await {
+                    Some(Ok((_, mut respond))) => {
+                        streams += 1;
+                        let answer = ::http::Response::new(());
+                        respond.send_response(answer, true).unwrap();
+                    }
+                    Some(Err(_)) => break false,
+                    None => break true,
+                }
+            };
+            sender.send((streams, in_order)).unwrap();
+        }
+    })
+    .await;
+    let pool = UpstreamPool::new(PoolLimits::default());
+    let key = key(upstream.address, Wire::Http2);
+    let terms = Terms { requests: Some(2) };
+    let mut leases = Vec::new();
+    for _ in 0..5 {
+        let lease = pool.get(&key, &terms, || dial(key.endpoint)).await;
+        leases.push(lease.unwrap());
+    }
+    for lease in leases {
+        let request = ::http::Request::builder()
+            .uri("http://shop/")
+            .version(::http::Version::HTTP_2)
+            .body(ReplayBody::empty())
+            .unwrap();
+        let answer = timeout(FAR, lease.send(request)).await.unwrap().unwrap();
+        assert_eq!(answer.status(), 200);
+    }
+    for _ in 0..2 {
+        assert_eq!(timeout(FAR, heard.recv()).await.unwrap(), Some((2, true)));
+    }
+    assert_eq!(upstream.connections(), 3);
 }
 
 #[tokio::test]

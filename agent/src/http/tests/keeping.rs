@@ -18,7 +18,10 @@ fn get() -> Request<ReplayBody> {
 
 async fn lease(pool: &UpstreamPool, key: &UpstreamKey) -> Lease {
     let connect = || dial(key.endpoint);
-    timeout(FAR, pool.get(key, connect)).await.unwrap().unwrap()
+    timeout(FAR, pool.get(key, &Terms::default(), connect))
+        .await
+        .unwrap()
+        .unwrap()
 }
 
 async fn fetch(pool: &UpstreamPool, key: &UpstreamKey) -> Bytes {
@@ -107,6 +110,45 @@ async fn idle_connections_are_bounded_and_expire() {
     eventually("idle ones expire", || pool.counters().expired == 2).await;
     assert_eq!(pool.counters().idle, 0);
     eventually("nothing is left of the key", || pool.status().is_empty()).await;
+}
+
+#[tokio::test]
+async fn a_connection_carries_as_many_requests_as_it_may_and_is_closed_in_order() {
+    let (sender, mut heard) = mpsc::unbounded_channel();
+    let upstream = Upstream::new(move |mut stream| {
+        let sender = sender.clone();
+        async move {
+            let mut requests = 0;
+            while let Some(_head) = read_head(&mut stream).await {
+                requests += 1;
+                stream.write_all(OK.as_bytes()).await.unwrap();
+            }
+            let in_order = stream.read_u8().await.unwrap_err().kind();
+            sender.send((requests, in_order)).unwrap();
+        }
+    })
+    .await;
+    let pool = UpstreamPool::new(PoolLimits::default());
+    let key = key(upstream.address, Wire::Http1);
+    let terms = |requests| Terms { requests };
+    let fetch = async |most| {
+        let lease = pool.get(&key, &terms(most), || dial(key.endpoint)).await;
+        let answer = lease.unwrap().send(get()).await.unwrap();
+        answer.into_body().collect().await.unwrap();
+    };
+    for _ in 0..5 {
+        fetch(Some(2)).await;
+    }
+    assert_eq!(upstream.connections(), 3);
+    let eof = std::io::ErrorKind::UnexpectedEof;
+    for _ in 0..2 {
+        assert_eq!(timeout(FAR, heard.recv()).await.unwrap(), Some((2, eof)));
+    }
+    // A limit that comes later holds for connections that stand.
+    fetch(None).await;
+    fetch(Some(2)).await;
+    assert_eq!(timeout(FAR, heard.recv()).await.unwrap(), Some((2, eof)));
+    assert_eq!(upstream.connections(), 4);
 }
 
 #[tokio::test]

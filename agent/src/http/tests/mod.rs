@@ -132,7 +132,9 @@ async fn forward(
     to_upstream(&mut head, &client, &id);
     let replay = Replay::new(body, 64 * 1024);
     let answer = async {
-        let lease = pool.get(&key, || dial(key.endpoint)).await?;
+        let lease = pool
+            .get(&key, &Terms::default(), || dial(key.endpoint))
+            .await?;
         lease
             .send(Request::from_parts(head, replay.attempt()))
             .await

@@ -18,7 +18,7 @@ use super::refusal::Refusal;
 use super::request::{Kind, Outgoing};
 use super::view::View;
 use super::{Client, Network};
-use crate::http::{Lease, SendError, UpstreamBody, UpstreamKey, Way as KeyWay, Wire};
+use crate::http::{Lease, SendError, Terms, UpstreamBody, UpstreamKey, Way as KeyWay, Wire};
 use crate::mesh::TrafficPolicy;
 use crate::outbound::connect::{Failure, Way};
 use crate::outbound::destinations::EndpointId;
@@ -264,7 +264,10 @@ pub(super) async fn lease<N: Network>(
         let connected = client.network.open(way, leg.service.as_ref(), limit).await;
         Ok::<_, AttemptError>(connected?.into())
     };
-    client.engine.pool.get(&key, connect).await
+    let terms = Terms {
+        requests: leg.policy.connections.requests_per_connection,
+    };
+    client.engine.pool.get(&key, &terms, connect).await
 }
 
 fn kind_of(way: &Way) -> KeyWay {

@@ -21,7 +21,7 @@ pub use outcome::{
     BackendRef, FallbackSpec, Fault, FaultAbort, FaultDelay, FaultHeader, FaultHeaderMatch,
     ResponseSpec, TimeoutsSpec,
 };
-pub use retrying::{BackoffSpec, HedgeSpec, Retries, RetryBudget, RetryMethods, RetryOn};
+pub use retrying::{BackoffSpec, Retries, RetryBudget, RetryMethods, RetryOn};
 pub use units::{Percentage, Span, Switch};
 
 use schemars::JsonSchema;

@@ -7,7 +7,6 @@ use super::units::Span;
 use super::{Apply, set};
 use crate::mesh::policy::TrafficPolicy;
 use crate::resilience::Backoff;
-use crate::resilience::hedge::Hedge;
 use crate::resilience::outcome::Code;
 use crate::resilience::retry::{Condition, Repeat};
 use crate::resilience::validate::Faults;
@@ -54,9 +53,6 @@ pub struct Retries {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 0, max = 16_777_216))]
     pub replay_bytes: Option<u32>,
-    /// A second attempt of a read beside a slow first one. Default none.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub hedge: Option<HedgeSpec>,
 }
 
 /// An outcome that is worth another attempt.
@@ -96,24 +92,6 @@ pub struct BackoffSpec {
     pub jitter: Option<f64>,
 }
 
-/// A second attempt of a read (GET, HEAD, OPTIONS, TRACE) before the first has failed. It is a retry
-/// to the budget.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
-#[schemars(inline)]
-pub struct HedgeSpec {
-    /// How long the first attempt may take. Range 1ms to 1m; the route's p95 is a good value.
-    pub after: Span,
-    /// The most attempts beside the first. Range 1 to 3, default 1.
-    #[serde(default = "one")]
-    #[schemars(range(min = 1, max = 3))]
-    pub attempts: u32,
-}
-
-fn one() -> u32 {
-    1
-}
-
 /// What pays for retries: within the window at most ratio × requests, or minimumRate × window if
 /// that is more. Runs at the source, one for each node and destination: the budgets of several nodes
 /// add up, and so do the requests that pay for them.
@@ -146,7 +124,6 @@ impl Apply for Retries {
             retry_after_cap,
             methods,
             replay_bytes,
-            hedge,
         } = self;
         let retry = &mut to.settings.retry;
         set(&mut retry.retries, *attempts);
@@ -182,12 +159,6 @@ impl Apply for Retries {
             &mut retry.replay_bytes,
             replay_bytes.map(|most| most as usize),
         );
-        if let Some(HedgeSpec { after, attempts }) = hedge {
-            retry.hedge = Some(Hedge {
-                after: after.0,
-                attempts: *attempts,
-            });
-        }
     }
 
     fn check(&self, at: &str, faults: &mut Faults) {

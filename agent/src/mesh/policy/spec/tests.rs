@@ -66,8 +66,7 @@ fn every_part_reaches_the_settings() {
         "slowStart": { "window": "30s", "minimum": 0.2 },
         "retries": { "attempts": 3, "conditions": ["Reset"], "httpStatuses": [503], "grpcStatuses": [14],
                      "backoff": { "base": "10ms", "cap": "1s", "jitter": 0.5 },
-                     "retryAfterCap": "5s", "methods": "Any", "replayBytes": 1024,
-                     "hedge": { "after": "50ms" } },
+                     "retryAfterCap": "5s", "methods": "Any", "replayBytes": 1024 },
         "retryBudget": { "ratio": 0.1, "minimumRate": 1, "window": "5s" },
         "failures": { "httpStatuses": ["500-503", "429"], "grpcStatuses": [14] },
         "breaker": { "failureRatio": 0.5, "minimumRequests": 5, "consecutiveFailures": 7,
@@ -104,7 +103,6 @@ fn every_part_reaches_the_settings() {
     ];
     assert_eq!(settings.retry.conditions, expected);
     assert_eq!(settings.retry.replay_bytes, 1024);
-    assert_eq!(settings.retry.hedge.unwrap().attempts, 1);
     assert_eq!(settings.budget.ratio, 0.1);
     assert_eq!(settings.http.failures, [500..=503, 429..=429]);
     assert_eq!(settings.grpc.failures, [14]);
