@@ -12,6 +12,7 @@ use thiserror::Error;
 use super::body::BodyError;
 use super::h1::{H1, H1Body};
 use super::h2::{H2Body, H2Place};
+use super::places::Crowded;
 use super::pool::Upstreams;
 use super::replay::ReplayBody;
 use crate::resilience::{Failure, Outcome, Unsent};
@@ -33,6 +34,9 @@ pub enum SendError {
     /// It never left, or was provably not looked at.
     #[error("never sent: {0:?}")]
     NeverSent(NeverSent),
+    /// There was no connection for it, and no more may be made.
+    #[error("shed")]
+    Crowded(#[from] Crowded),
     /// The connection or stream broke before an answer.
     #[error("the connection broke before an answer")]
     Reset(#[source] Box<dyn std::error::Error + Send + Sync>),
@@ -53,6 +57,7 @@ impl SendError {
             Self::NeverSent(NeverSent::GoingAway | NeverSent::ClosedBeforeSent) => {
                 Outcome::Unsent(Unsent::GoingAway)
             }
+            Self::Crowded(_) => Outcome::Shed,
             Self::Reset(_) => Outcome::Failure(Failure::Reset),
             Self::Malformed(_) => Outcome::Failure(Failure::Malformed),
             Self::BodyEnded(_) => Outcome::Cancelled,
@@ -69,6 +74,15 @@ pub(super) enum Kind {
         home: Arc<Upstreams>,
     },
     H2(H2Place),
+}
+
+impl std::fmt::Debug for Lease {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match &self.0 {
+            Kind::H1 { .. } => "Lease(H1)",
+            Kind::H2(_) => "Lease(H2)",
+        })
+    }
 }
 
 impl Lease {

@@ -21,6 +21,7 @@ use tokio::time::{Instant, sleep};
 use super::body::BodyError;
 use super::client::{Kind, Lease, NeverSent, SendError, UpstreamBody, UpstreamBodyKind};
 use super::io::HttpIo;
+use super::places::Places;
 use super::pool::{Connected, Held, Upstreams};
 use super::replay::{Gate, ReplayBody, Tail};
 use super::upgrade::Switched;
@@ -43,6 +44,8 @@ pub(super) struct H1 {
     most: Option<u32>,
     /// Since when it idles.
     pub(super) since: Instant,
+    /// Whose connection it is, where those are limited.
+    pub(super) places: Option<Arc<Places>>,
     _held: Option<Held>,
 }
 
@@ -70,6 +73,7 @@ impl H1 {
             requests: 0,
             most: None,
             since: Instant::now(),
+            places: None,
             _held: connected.held,
         }))
     }
@@ -81,6 +85,12 @@ impl H1 {
     /// From now on it carries so many requests at most, with those that it has carried.
     pub(super) fn limit(&mut self, most: Option<u32>) {
         self.most = most;
+    }
+
+    /// Whether it is one of these, which are limited.
+    pub(super) fn is_of(&self, places: &Arc<Places>) -> bool {
+        let own = self.places.as_ref();
+        own.is_some_and(|own| Arc::ptr_eq(own, places))
     }
 
     /// Whether it has carried as many requests as it may.

@@ -1,7 +1,7 @@
 //! A HTTP/2 connection to an upstream, shared by many requests of one source.
 
 use std::future::poll_fn;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::task::{Context, Poll, Waker, ready};
 use std::time::Duration;
 
@@ -18,7 +18,8 @@ use tokio::time::{Instant, sleep};
 use super::body::BodyError;
 use super::client::{Kind, Lease, NeverSent, SendError, UpstreamBody, UpstreamBodyKind};
 use super::io::HttpIo;
-use super::pool::Connected;
+use super::places::Places;
+use super::pool::{Connected, Upstreams};
 use super::replay::ReplayBody;
 
 /// Receive window of one stream, and what an unread answer may hold here: 256 KiB carry 2 Gbit/s at
@@ -48,6 +49,8 @@ pub(super) struct H2 {
     requests: SendRequest<Bytes>,
     usage: Mutex<Usage>,
     task: AbortHandle,
+    /// Who hears of streams that fall free, where connections are limited.
+    line: Option<(Arc<Places>, Weak<Upstreams>)>,
 }
 
 struct Usage {
@@ -56,6 +59,8 @@ struct Usage {
     served: u32,
     idle_since: Instant,
     retired: bool,
+    /// Requests that it carries at most, as the last one had it.
+    most: u32,
 }
 
 /// A place for one stream.
@@ -66,10 +71,18 @@ pub(super) struct H2Place {
 
 impl Drop for H2Place {
     fn drop(&mut self) {
-        let mut usage = self.connection.usage.lock();
-        usage.streams -= 1;
-        if usage.streams == 0 {
-            usage.idle_since = Instant::now();
+        {
+            let mut usage = self.connection.usage.lock();
+            usage.streams -= 1;
+            if usage.streams == 0 {
+                usage.idle_since = Instant::now();
+            }
+        }
+        if let Some((places, home)) = &self.connection.line
+            && places.has_line()
+            && let Some(home) = home.upgrade()
+        {
+            home.serve_line(&self.connection, places);
         }
     }
 }
@@ -98,7 +111,10 @@ pub(super) enum Fitness {
 }
 
 impl H2 {
-    pub(super) async fn new(connected: Connected) -> Result<Arc<Self>, h2::Error> {
+    pub(super) async fn new(
+        connected: Connected,
+        line: Option<(Arc<Places>, Weak<Upstreams>)>,
+    ) -> Result<Arc<Self>, h2::Error> {
         let Connected { io, held } = connected;
         let (requests, connection) = Builder::new()
             .initial_window_size(STREAM_WINDOW)
@@ -119,8 +135,10 @@ impl H2 {
                 served: 0,
                 idle_since: Instant::now(),
                 retired: false,
+                most: u32::MAX,
             }),
             task: task.abort_handle(),
+            line,
         }))
     }
 
@@ -147,6 +165,7 @@ impl H2 {
     pub(super) fn claim(self: &Arc<Self>, most: Option<u32>) -> Option<H2Place> {
         let mut usage = self.usage.lock();
         let most = most.unwrap_or(u32::MAX);
+        usage.most = most;
         if usage.retired || usage.served >= most {
             usage.retired = true;
             return None;
@@ -159,6 +178,21 @@ impl H2 {
             connection: self.clone(),
             reused,
         })
+    }
+
+    /// A place under the terms of the last one, if there is room.
+    pub(super) fn claim_again(self: &Arc<Self>) -> Option<H2Place> {
+        let most = self.usage.lock().most;
+        match self.fitness() {
+            Fitness::Room => self.claim(Some(most)),
+            Fitness::Full | Fitness::Dead => None,
+        }
+    }
+
+    /// Whose connection it is, where those are limited.
+    pub(super) fn is_of(&self, places: &Arc<Places>) -> bool {
+        let line = self.line.as_ref();
+        line.is_some_and(|(own, _)| Arc::ptr_eq(own, places))
     }
 
     /// Since when it has had no stream.

@@ -18,6 +18,7 @@ mod h1;
 mod h2;
 mod headers;
 mod io;
+mod places;
 mod pool;
 mod replay;
 mod respond;
@@ -33,6 +34,7 @@ pub use framing::{Framing, Violation};
 pub use guard::{BadRequest, check_authority};
 pub use headers::{ClientView, RequestId, Side, to_downstream, to_upstream};
 pub use io::HttpIo;
+pub use places::{Crowded, Places};
 pub use pool::{
     Connected, Held, PoolCounters, PoolLimits, PoolStatus, Terms, UpstreamKey, UpstreamPool,
     Upstreams, Way,

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::future::Future;
 use std::hash::{BuildHasher, RandomState};
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
@@ -13,10 +13,11 @@ use serde::Serialize;
 use tokio::sync::watch;
 use tokio::time::{Instant, MissedTickBehavior};
 
-use super::client::{Lease, NeverSent, SendError};
+use super::client::{Kind, Lease, NeverSent, SendError};
 use super::h1::{Condition, H1};
 use super::h2::{self, Fitness, H2};
 use super::io::HttpIo;
+use super::places::{Crowded, Entry, Grant, Place, Places};
 use super::server::Wire;
 
 /// How a connection gets to its endpoint.
@@ -76,10 +77,14 @@ impl Default for PoolLimits {
 
 /// What a request asks of its connection, beyond that it leads to the endpoint.
 #[derive(Debug, Clone, Default)]
-pub struct Terms {
+pub struct Terms<'a> {
     /// Requests that a connection carries at most, this one too: one that has carried as many is
     /// closed in order, and another made. None is no limit.
     pub requests: Option<u32>,
+    /// How many connections there may be, this request's too.
+    pub places: Option<Arc<Places>>,
+    /// Set for as long as the request waits for one of them.
+    pub waits: Option<&'a AtomicBool>,
 }
 
 /// Whatever has to live as long as a connection: a permit, a guard that counts.
@@ -91,6 +96,15 @@ pub struct Connected {
     pub io: HttpIo,
     /// Dropped with the connection.
     pub held: Option<Held>,
+}
+
+impl Connected {
+    fn holding(mut self, place: Option<Place>) -> Self {
+        if let Some(place) = place {
+            self.held = Some(Box::new((self.held.take(), place)));
+        }
+        self
+    }
 }
 
 impl<IO: Into<HttpIo>> From<IO> for Connected {
@@ -109,7 +123,7 @@ pub struct Upstreams {
     state: Mutex<State>,
     totals: Arc<Totals>,
     /// Set when the source or the endpoint is gone: what comes back is closed.
-    closed: std::sync::atomic::AtomicBool,
+    closed: AtomicBool,
 }
 
 #[derive(Default)]
@@ -171,6 +185,14 @@ pub struct PoolStatus {
     pub streams: usize,
 }
 
+impl std::fmt::Debug for Upstreams {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Upstreams")
+            .field("protocol", &self.protocol)
+            .finish_non_exhaustive()
+    }
+}
+
 impl Upstreams {
     /// Connections of one owner, outside any pool: nobody looks after idle ones, so that they live
     /// as long as their owner or their peer likes.
@@ -185,26 +207,104 @@ impl Upstreams {
             protocol,
             state: Mutex::default(),
             totals,
-            closed: std::sync::atomic::AtomicBool::new(false),
+            closed: AtomicBool::new(false),
         })
     }
 
     /// See [`UpstreamPool::get`].
-    pub async fn get<C, F, E>(self: &Arc<Self>, terms: &Terms, connect: C) -> Result<Lease, E>
+    pub async fn get<C, F, E>(self: &Arc<Self>, terms: &Terms<'_>, connect: C) -> Result<Lease, E>
     where
         C: FnOnce() -> F,
         F: Future<Output = Result<Connected, E>>,
         E: From<SendError>,
     {
         match self.protocol {
-            Wire::Http1 => match self.take_idle(terms) {
-                Some(connection) => Ok((connection, self.clone()).into()),
-                None => {
-                    let made = self.connect_h1(connect().await?, terms).await;
-                    made.map_err(E::from)
-                }
-            },
+            Wire::Http1 => self.get_h1(terms, connect).await,
             Wire::Http2 => self.get_h2(terms, connect).await,
+        }
+    }
+
+    async fn get_h1<C, F, E>(self: &Arc<Self>, terms: &Terms<'_>, connect: C) -> Result<Lease, E>
+    where
+        C: FnOnce() -> F,
+        F: Future<Output = Result<Connected, E>>,
+        E: From<SendError>,
+    {
+        // Nobody passes those who wait.
+        let is_crowded = terms.places.as_ref().is_some_and(|one| one.has_line());
+        if !is_crowded && let Some(connection) = self.take_idle(terms) {
+            return Ok((connection, self.clone()).into());
+        }
+        let place = match self.enter(terms).await? {
+            Some(Grant::Lease(lease)) => {
+                count(&self.totals.reused);
+                return Ok(lease);
+            }
+            Some(Grant::Place(place)) => Some(place),
+            None => None,
+        };
+        let connected = connect().await?;
+        let made = self.connect_h1(connected, place, terms).await;
+        made.map_err(E::from)
+    }
+
+    /// Waits for leave to make a connection, or for one that another leaves; none if they are not
+    /// limited.
+    async fn enter(self: &Arc<Self>, terms: &Terms<'_>) -> Result<Option<Grant>, SendError> {
+        let Some(places) = &terms.places else {
+            return Ok(None);
+        };
+        let turn = match places.enter(self)? {
+            Entry::Place(place) => return Ok(Some(Grant::Place(place))),
+            Entry::Wait(turn) => turn,
+        };
+        places.free_idle();
+        // Stays set if the request gives up meanwhile.
+        let waits = |now| {
+            if let Some(waits) = terms.waits {
+                waits.store(now, Ordering::Relaxed);
+            }
+        };
+        waits(true);
+        let grant = turn.await.map_err(|_| Crowded::Connections)?;
+        waits(false);
+        Ok(Some(grant))
+    }
+
+    /// Hands an idle connection of these places to the first who waits for one, or closes it if that
+    /// cannot use it. False if none is idle.
+    pub(super) fn pass_on(self: &Arc<Self>, places: &Arc<Places>) -> bool {
+        let connection = {
+            let mut state = self.state.lock();
+            match state.idle.iter().rposition(|one| one.is_of(places)) {
+                Some(at) => state.idle.remove(at),
+                None => {
+                    let unused = |one: &Arc<H2>| one.is_of(places) && one.idle_since().is_some();
+                    let at = state.multiplexed.iter().position(unused);
+                    if let Some(at) = at {
+                        state.multiplexed.remove(at).retire();
+                    }
+                    return at.is_some();
+                }
+            }
+        };
+        self.totals.idle.fetch_sub(1, Ordering::Relaxed);
+        let mut connection = connection;
+        if connection.condition() == Condition::Free {
+            let unwanted = places.offer_first(self, (connection, self.clone()).into());
+            if let Err(Lease(Kind::H1 { connection, .. })) = unwanted {
+                tokio::spawn(connection.close());
+            }
+        }
+        true
+    }
+
+    /// Gives the streams that a connection has room for to those who wait. One that has none left
+    /// makes room for who cannot use it.
+    pub(super) fn serve_line(self: &Arc<Self>, connection: &Arc<H2>, places: &Arc<Places>) {
+        while places.offer_stream(self, || connection.claim_again().map(Lease::from)) {}
+        if connection.streams() == 0 && places.has_line() {
+            self.pass_on(places);
         }
     }
 
@@ -217,7 +317,7 @@ impl Upstreams {
             }
             Wire::Http2 => {
                 count(&self.totals.created);
-                self.keep_h2(new_h2(connected).await?);
+                self.keep_h2(new_h2(connected, None).await?);
             }
         }
         Ok(())
@@ -226,22 +326,35 @@ impl Upstreams {
     async fn connect_h1(
         self: &Arc<Self>,
         connected: Connected,
-        terms: &Terms,
+        place: Option<Place>,
+        terms: &Terms<'_>,
     ) -> Result<Lease, SendError> {
         count(&self.totals.created);
-        let mut connection = new_h1(connected).await?;
+        let places = place.as_ref().map(|place| place.places().clone());
+        let mut connection = new_h1(connected.holding(place)).await?;
+        connection.places = places;
         connection.limit(terms.requests);
         Ok((connection, self.clone()).into())
     }
 
-    async fn connect_h2(&self, connected: Connected, terms: &Terms) -> Result<Lease, SendError> {
+    async fn connect_h2(
+        self: &Arc<Self>,
+        connected: Connected,
+        place: Option<Place>,
+        terms: &Terms<'_>,
+    ) -> Result<Lease, SendError> {
         count(&self.totals.created);
-        let connection = new_h2(connected).await?;
-        let place = connection.claim(terms.requests);
-        self.keep_h2(connection);
+        let places = place.as_ref().map(|place| place.places().clone());
+        let line = places.clone().map(|places| (places, Arc::downgrade(self)));
+        let connection = new_h2(connected.holding(place), line).await?;
+        let stream = connection.claim(terms.requests);
+        self.keep_h2(connection.clone());
+        if let Some(places) = places.filter(|places| places.has_line()) {
+            self.serve_line(&connection, &places);
+        }
         // No policy allows a connection less than one request.
-        let place = place.ok_or(SendError::NeverSent(NeverSent::ClosedBeforeSent))?;
-        Ok(place.into())
+        let stream = stream.ok_or(SendError::NeverSent(NeverSent::ClosedBeforeSent))?;
+        Ok(stream.into())
     }
 
     fn keep_h2(&self, connection: Arc<H2>) {
@@ -254,7 +367,7 @@ impl Upstreams {
     }
 
     /// Looks for an idle connection that is still good.
-    fn take_idle(&self, terms: &Terms) -> Option<Box<H1>> {
+    fn take_idle(&self, terms: &Terms<'_>) -> Option<Box<H1>> {
         loop {
             let mut connection = self.state.lock().idle.pop()?;
             self.totals.idle.fetch_sub(1, Ordering::Relaxed);
@@ -277,12 +390,13 @@ impl Upstreams {
     }
 
     /// A connection whose request is over: it is kept for the next, if it may carry another.
-    pub(super) fn take_back(&self, mut connection: Box<H1>) {
+    pub(super) fn take_back(self: &Arc<Self>, mut connection: Box<H1>) {
         if connection.is_spent() {
             tokio::spawn(connection.close());
             return;
         }
         connection.since = Instant::now();
+        let places = connection.places.clone();
         let surplus = {
             let mut state = self.state.lock();
             let full = self.is_closed()
@@ -299,26 +413,30 @@ impl Upstreams {
         if let Some(connection) = surplus {
             count(&self.totals.overflowed);
             tokio::spawn(connection.close());
+        } else if let Some(places) = places.filter(|places| places.has_line()) {
+            self.pass_on(&places);
         }
     }
 
-    async fn get_h2<C, F, E>(self: &Arc<Self>, terms: &Terms, connect: C) -> Result<Lease, E>
+    async fn get_h2<C, F, E>(self: &Arc<Self>, terms: &Terms<'_>, connect: C) -> Result<Lease, E>
     where
         C: FnOnce() -> F,
         F: Future<Output = Result<Connected, E>>,
         E: From<SendError>,
     {
+        let mut place = None;
         let landed = {
             let mut waited = false;
             loop {
-                let mut flight = {
+                let flight = {
                     let mut state = self.state.lock();
                     if let Some(lease) = self.multiplex(&mut state, terms) {
                         return Ok(lease);
                     }
                     // Whoever has waited for another's handshake in vain makes its own.
                     match state.flight.clone().filter(|_| !waited) {
-                        Some(flight) => flight,
+                        Some(flight) => Some(flight),
+                        None if place.is_none() && terms.places.is_some() => None,
                         None => {
                             let (landed, flight) = watch::channel(());
                             state.flight = Some(flight);
@@ -326,14 +444,30 @@ impl Upstreams {
                         }
                     }
                 };
+                let Some(mut flight) = flight else {
+                    match self.enter(terms).await? {
+                        Some(Grant::Lease(lease)) => {
+                            count(&self.totals.reused);
+                            return Ok(lease);
+                        }
+                        Some(Grant::Place(leave)) => place = Some(leave),
+                        None => {}
+                    }
+                    continue;
+                };
                 waited = true;
+                // Whoever makes a connection of its own later asks again.
+                place = None;
                 // The sender goes away with its handshake, whatever came of it.
                 while flight.changed().await.is_ok() {}
             }
         };
         let connected = connect().await;
         let lease = match connected {
-            Ok(connected) => self.connect_h2(connected, terms).await.map_err(E::from),
+            Ok(connected) => self
+                .connect_h2(connected, place, terms)
+                .await
+                .map_err(E::from),
             Err(error) => Err(error),
         };
         drop(landed);
@@ -345,7 +479,7 @@ impl Upstreams {
     }
 
     /// A stream on a connection that has room, or on the least loaded if no more may be made.
-    fn multiplex(&self, state: &mut State, terms: &Terms) -> Option<Lease> {
+    fn multiplex(&self, state: &mut State, terms: &Terms<'_>) -> Option<Lease> {
         loop {
             state
                 .multiplexed
@@ -482,7 +616,7 @@ impl UpstreamPool {
     pub async fn get<C, F, E>(
         &self,
         key: &UpstreamKey,
-        terms: &Terms,
+        terms: &Terms<'_>,
         connect: C,
     ) -> Result<Lease, E>
     where
@@ -596,8 +730,11 @@ async fn new_h1(connected: Connected) -> Result<Box<H1>, SendError> {
     made.map_err(|error| SendError::Reset(error.into()))
 }
 
-async fn new_h2(connected: Connected) -> Result<Arc<H2>, SendError> {
-    let made = H2::new(connected).await;
+async fn new_h2(
+    connected: Connected,
+    line: Option<(Arc<Places>, Weak<Upstreams>)>,
+) -> Result<Arc<H2>, SendError> {
+    let made = H2::new(connected, line).await;
     made.map_err(|error| SendError::Reset(error.into()))
 }
 

@@ -283,7 +283,10 @@ async fn a_connection_opens_as_many_streams_as_it_may_and_ends_in_order_after_th
     .await;
     let pool = UpstreamPool::new(PoolLimits::default());
     let key = key(upstream.address, Wire::Http2);
-    let terms = Terms { requests: Some(2) };
+    let terms = Terms {
+        requests: Some(2),
+        ..Terms::default()
+    };
     let mut leases = Vec::new();
     for _ in 0..5 {
         let lease = pool.get(&key, &terms, || dial(key.endpoint)).await;

@@ -130,7 +130,10 @@ async fn a_connection_carries_as_many_requests_as_it_may_and_is_closed_in_order(
     .await;
     let pool = UpstreamPool::new(PoolLimits::default());
     let key = key(upstream.address, Wire::Http1);
-    let terms = |requests| Terms { requests };
+    let terms = |requests| Terms {
+        requests,
+        ..Terms::default()
+    };
     let fetch = async |most| {
         let lease = pool.get(&key, &terms(most), || dial(key.endpoint)).await;
         let answer = lease.unwrap().send(get()).await.unwrap();
@@ -149,6 +152,82 @@ async fn a_connection_carries_as_many_requests_as_it_may_and_is_closed_in_order(
     fetch(Some(2)).await;
     assert_eq!(timeout(FAR, heard.recv()).await.unwrap(), Some((2, eof)));
     assert_eq!(upstream.connections(), 4);
+}
+
+#[tokio::test]
+async fn streams_of_another_pod_wait_until_the_connection_is_left_and_then_share_one() {
+    let upstream = Upstream::new(|stream| async move {
+        let mut connection = ::h2::server::handshake(stream).await.unwrap();
+        while let Some(Ok((_, mut respond))) = connection.accept().await {
+            let answer = ::http::Response::new(());
+            respond.send_response(answer, true).unwrap();
+        }
+    })
+    .await;
+    let pool = UpstreamPool::new(PoolLimits::default());
+    let mine = key(upstream.address, Wire::Http2);
+    let others = UpstreamKey {
+        source: POD + 1,
+        ..mine.clone()
+    };
+    let places = Places::new(1, 2);
+    let terms = || Terms {
+        places: Some(places.clone()),
+        ..Terms::default()
+    };
+    let ask = |key: UpstreamKey| {
+        let (pool, terms) = (pool.clone(), terms());
+        async move { pool.get(&key, &terms, || dial(key.endpoint)).await }
+    };
+    let first = ask(mine.clone()).await.unwrap();
+    let second = ask(mine.clone()).await.unwrap();
+    let mut waiting = Vec::new();
+    for number in 1..=2 {
+        waiting.push(tokio::spawn(ask(others.clone())));
+        eventually("it waits", || places.waiting() == number).await;
+    }
+    let refused = ask(others.clone()).await.err().unwrap();
+    let expected = SendError::Crowded(Crowded::Pending);
+    assert_eq!(refused.to_string(), expected.to_string());
+    assert_eq!(refused.outcome(), crate::resilience::Outcome::Shed);
+    drop(first);
+    assert_eq!(places.waiting(), 2);
+    drop(second);
+    for turn in waiting {
+        let lease = timeout(FAR, turn).await.unwrap().unwrap().unwrap();
+        drop(lease);
+    }
+    assert_eq!((upstream.connections(), places.taken()), (2, 1));
+}
+
+#[tokio::test]
+async fn who_gives_up_waiting_leaves_its_turn_to_the_next() {
+    let upstream = Upstream::answering(OK).await;
+    let pool = UpstreamPool::new(PoolLimits::default());
+    let key = key(upstream.address, Wire::Http1);
+    let places = Places::new(1, 1);
+    let ask = || {
+        let (pool, key) = (pool.clone(), key.clone());
+        let terms = Terms {
+            places: Some(places.clone()),
+            ..Terms::default()
+        };
+        async move { pool.get(&key, &terms, || dial(key.endpoint)).await }
+    };
+    let first = ask().await.unwrap();
+    let impatient = tokio::spawn(ask());
+    eventually("it waits", || places.waiting() == 1).await;
+    impatient.abort();
+    eventually("it is gone", || places.waiting() == 0).await;
+    let patient = tokio::spawn(ask());
+    eventually("another waits", || places.waiting() == 1).await;
+    let answer = first.send(get()).await.unwrap();
+    answer.into_body().collect().await.unwrap();
+    let second = timeout(FAR, patient).await.unwrap().unwrap().unwrap();
+    assert!(second.is_reused());
+    assert_eq!((upstream.connections(), places.taken()), (1, 1));
+    drop(second);
+    assert_eq!(places.taken(), 0);
 }
 
 #[tokio::test]

@@ -10,7 +10,7 @@ use crate::resilience::validate::{Faults, Validate};
 pub struct ConnectionLimits {
     /// Upstream connections of this node, of all its pods and to all endpoints. Range 1 to
     /// 1,000,000, default none: the pool's own bounds hold. At the limit a request waits for a
-    /// connection, and an opaque TCP connection is reset; both are counted.
+    /// connection, and an opaque TCP connection is reset; both are counted, each by themselves.
     pub connections: Option<u32>,
     /// Requests of this node that may wait for a connection. Range 0 to 1,000,000, default 1,024.
     /// One more is answered with 503 (`overload`).

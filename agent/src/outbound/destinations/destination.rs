@@ -11,6 +11,7 @@ use parking_lot::Mutex;
 
 use super::name::{DestinationId, EndpointId, RouteKey, Traffic};
 use super::reachable::Reachable;
+use crate::http::Places;
 use crate::mesh::{Endpoint, Locality, Nearness, Snapshot, Workload};
 use crate::resilience::destination::DestinationSettings;
 use crate::resilience::ejection::SourceId;
@@ -54,6 +55,8 @@ struct Followed {
     total: Option<Arc<RateLimit>>,
     /// How many opaque connections may be open, if that is limited.
     connections: Option<Arc<ConcurrencyLimit>>,
+    /// How many connections requests may have, if that is limited.
+    places: Option<Arc<Places>>,
 }
 
 /// The settings that all routes to a destination share.
@@ -65,6 +68,7 @@ struct Shape {
     total: Option<Rate>,
     locality: Locality,
     connections: Option<u32>,
+    pending: u32,
 }
 
 /// What a route of a destination has of its own.
@@ -107,6 +111,9 @@ impl Destination {
             v6: shape.balanced(&name, seed, &sink),
             total: shape.total(now),
             connections: shape.connections.map(ConcurrencyLimit::new),
+            places: shape
+                .connections
+                .map(|most| Places::new(most, shape.pending)),
             endpoints,
             shape,
         };
@@ -186,6 +193,13 @@ impl Destination {
                     there.clone()
                 }
                 None => ConcurrencyLimit::new(most),
+            }),
+            places: shape.connections.map(|most| match &now.places {
+                Some(there) => {
+                    there.set(most, shape.pending);
+                    there.clone()
+                }
+                None => Places::new(most, shape.pending),
             }),
             endpoints,
             shape,
@@ -280,6 +294,12 @@ impl Destination {
         self.now.load().connections.clone()
     }
 
+    /// The limit of connections that requests are sent over, if there is one.
+    #[must_use]
+    pub fn places(&self) -> Option<Arc<Places>> {
+        self.now.load().places.clone()
+    }
+
     /// The routes that were asked for, for status, metrics and operators.
     #[must_use]
     pub fn routes(&self) -> Vec<Arc<Route>> {
@@ -362,6 +382,7 @@ impl Shape {
             total: settings.limits.rates.total,
             locality: policy.locality,
             connections: policy.connections.connections,
+            pending: policy.connections.pending,
         };
         if id.traffic == Traffic::Connections && shape.balance.algorithm == Algorithm::PeakEwma {
             // How long a connection lasts is no latency.

@@ -2,6 +2,7 @@
 
 use std::net::SocketAddr;
 use std::pin::Pin;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::Poll;
 use std::time::Duration;
 
@@ -18,7 +19,9 @@ use super::refusal::Refusal;
 use super::request::{Kind, Outgoing};
 use super::view::View;
 use super::{Client, Network};
-use crate::http::{Lease, SendError, Terms, UpstreamBody, UpstreamKey, Way as KeyWay, Wire};
+use crate::http::{
+    Crowded, Lease, SendError, Terms, UpstreamBody, UpstreamKey, Way as KeyWay, Wire,
+};
 use crate::mesh::TrafficPolicy;
 use crate::outbound::connect::{Failure, Way};
 use crate::outbound::destinations::EndpointId;
@@ -52,12 +55,23 @@ pub(super) struct Failed {
     pub(super) trouble: Option<Trouble>,
 }
 
+/// How far an attempt has come to a connection.
+#[derive(Default)]
+struct Reaching {
+    /// How long it took.
+    connecting: Duration,
+    /// Whether it waits for one of those that others use.
+    waits: AtomicBool,
+}
+
 /// Why one attempt was not answered.
 pub(super) enum AttemptError {
     /// No connection.
     Connect(Failure),
     /// On a connection, which had served others before, or not.
     Send { error: SendError, reused: bool },
+    /// There was no connection for it, and no more may be made.
+    Crowded(Crowded),
     /// It took too long.
     Late,
 }
@@ -70,7 +84,10 @@ impl From<Failure> for AttemptError {
 
 impl From<SendError> for AttemptError {
     /// Of a connection that broke while it was made.
-    fn from(_: SendError) -> Self {
+    fn from(error: SendError) -> Self {
+        if let SendError::Crowded(crowded) = error {
+            return Self::Crowded(crowded);
+        }
         Self::Connect(Failure::of_endpoint(
             FailureReason::ConnectRefused,
             "the connection broke at once",
@@ -134,21 +151,19 @@ pub(super) async fn attempts<N: Network>(
         };
         let endpoint = picked.endpoint().clone();
         let began = clock.now();
-        let mut connecting = Duration::ZERO;
+        let mut reaching = Reaching::default();
         let sent = {
             let limit = leg.timeouts.attempt(request.deadline, began);
             let number = retries.made() + 1;
-            let attempt = send(
-                client,
-                view,
-                leg,
-                request,
-                &endpoint,
-                number,
-                &mut connecting,
-            );
-            within(limit, attempt).await
+            let attempt = send(client, view, leg, request, &endpoint, number, &mut reaching);
+            match within(limit, attempt).await {
+                Err(AttemptError::Late) if reaching.waits.load(Ordering::Relaxed) => {
+                    Err(AttemptError::Crowded(Crowded::Connections))
+                }
+                sent => sent,
+            }
         };
+        let connecting = reaching.connecting;
         let now = clock.now();
         if sent.is_ok() {
             picked.answered(now);
@@ -198,7 +213,8 @@ pub(super) async fn attempts<N: Network>(
                     return Err(Failed {
                         refusal: ended.refusal,
                         outcome: ended.verdict,
-                        trouble: Some(Trouble::Failed(stop)),
+                        // A limit of our own says nothing of the destination.
+                        trouble: (ended.verdict != Outcome::Shed).then_some(Trouble::Failed(stop)),
                     });
                 };
                 return Ok(Answered {
@@ -223,7 +239,7 @@ async fn send<N: Network>(
     request: &mut Outgoing,
     endpoint: &EndpointId,
     number: u32,
-    connecting: &mut Duration,
+    reaching: &mut Reaching,
 ) -> Result<Response<UpstreamBody>, AttemptError> {
     let clock = client.engine.clock();
     let way = view.way(client, endpoint)?;
@@ -232,9 +248,17 @@ async fn send<N: Network>(
         .endpoint(way.endpoint, way.workload.as_ref(), way.security());
     let began = clock.now();
     let limit = leg.timeouts.connect(request.deadline, began);
-    let lease = lease(client, leg, &way, request.head.version, limit).await;
+    let lease = lease(
+        client,
+        leg,
+        &way,
+        request.head.version,
+        limit,
+        &reaching.waits,
+    )
+    .await;
     let connected = clock.now();
-    *connecting = connected.since(began);
+    reaching.connecting = connected.since(began);
     let lease = lease?;
     client.network.reached(&way);
     let reused = lease.is_reused();
@@ -250,6 +274,7 @@ pub(super) async fn lease<N: Network>(
     way: &Way,
     version: Version,
     limit: Duration,
+    waits: &AtomicBool,
 ) -> Result<Lease, AttemptError> {
     let key = UpstreamKey {
         source: client.caller.source.0,
@@ -266,6 +291,11 @@ pub(super) async fn lease<N: Network>(
     };
     let terms = Terms {
         requests: leg.policy.connections.requests_per_connection,
+        places: match &leg.to {
+            To::Service(to) => to.destination.places(),
+            To::Pod(..) | To::Nowhere => None,
+        },
+        waits: Some(waits),
     };
     client.engine.pool.get(&key, &terms, connect).await
 }
@@ -309,6 +339,17 @@ async fn judge(
                 _ => Refusal::Failed(outcome),
             };
             Ended::without_answer(outcome, outcome, refusal)
+        }
+        Err(AttemptError::Crowded(crowded)) => {
+            request.record.event(match crowded {
+                Crowded::Connections => RequestEvent::ShedConnections,
+                Crowded::Pending => RequestEvent::ShedPending,
+            });
+            let refusal = match request.deadline.left(now) {
+                Some(Duration::ZERO) => Refusal::RequestTimeout,
+                _ => Refusal::Overload,
+            };
+            Ended::without_answer(Outcome::Shed, Outcome::Shed, refusal)
         }
         Err(AttemptError::Connect(failure)) => {
             request.record.detail(&failure.detail);

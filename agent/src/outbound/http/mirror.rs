@@ -1,6 +1,7 @@
 //! Copies of requests for mirrors. Whatever becomes of one, the request itself is not concerned.
 
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use http::Request;
@@ -84,7 +85,8 @@ async fn send<N: Network>(
             .way(client, attempt.target())
             .map_err(AttemptError::from)?;
         let version = request.version();
-        let lease = lease(client, leg, &way, version, leg.timeouts.connect).await?;
+        let waits = AtomicBool::new(false);
+        let lease = lease(client, leg, &way, version, leg.timeouts.connect, &waits).await?;
         let reused = lease.is_reused();
         let sent = lease.send(request).await;
         sent.map_err(|error| AttemptError::Send { error, reused })
@@ -112,6 +114,7 @@ async fn send<N: Network>(
             error,
             reused: false,
         }) => error.outcome(),
+        Err(AttemptError::Crowded(_)) => Outcome::Shed,
         Err(AttemptError::Send { .. } | AttemptError::Late) => Outcome::Unsent(Unsent::GoingAway),
     };
     attempt.finish(outcome, clock.now());

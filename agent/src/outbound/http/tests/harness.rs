@@ -379,6 +379,13 @@ impl World {
         Connection::new(near.unwrap(), wire, served, drain).await
     }
 
+    /// The limit of connections to a Service.
+    pub(super) fn places(&self, service: &str) -> Arc<crate::http::Places> {
+        let all = self.destinations.all();
+        let of = all.iter().find(|one| one.id().service == name(service));
+        of.unwrap().places().unwrap()
+    }
+
     /// A policy's breakers of a Service, by route.
     pub(super) fn breaker(&self, service: &str) -> Arc<crate::resilience::Breaker> {
         let all = self.destinations.all();

@@ -1,5 +1,7 @@
 //! Answers of our own.
 
+use tokio::sync::Notify;
+
 use super::*;
 use crate::mesh::route::InvalidBackend;
 
@@ -121,4 +123,81 @@ async fn a_fallback_answers_when_nothing_else_is_left() {
     let seen = client.get("/").await;
     assert_eq!((seen.status, seen.text()), (200, "other"));
     assert_eq!((peer.count(), other.count()), (2, 1));
+}
+
+#[tokio::test]
+async fn requests_wait_for_a_connection_in_turn_and_beyond_pending_they_are_shed() {
+    let gate = Arc::new(Notify::new());
+    let let_go = gate.clone();
+    let peer = Peer::http1(move |_, _| held(&let_go, answer(200, "ok"))).await;
+    let world = World::new(&[peer.address]);
+    let limits = json!({"limits": {"connections": 1, "pending": 2}});
+    world.policy("cart", &limits);
+    let mut clients = Vec::new();
+    for _ in 0..4 {
+        clients.push(world.connect("cart", Wire::Http1).await);
+    }
+    let mut sent = Vec::new();
+    for (number, client) in clients.iter_mut().enumerate().take(3) {
+        let path = format!("/{number}");
+        sent.push(tokio::spawn(client.start(request("GET", &path, &[], ""))));
+        until("it is on its way", || match number {
+            0 => peer.count() == 1,
+            _ => world.places("cart").waiting() == number,
+        })
+        .await;
+    }
+    let shed = clients[3].get("/3").await;
+    let reason = shed.header("x-undermesh-reason");
+    assert_eq!((shed.status, reason), (503, "overload"));
+    for number in 0..3 {
+        until("its turn comes", || peer.count() == number + 1).await;
+        gate.notify_one();
+        let first = sent.remove(0);
+        let answer = tokio::time::timeout(FAR, first).await.unwrap().unwrap();
+        let body = answer.unwrap().into_body().collect().await.unwrap();
+        assert_eq!(body.to_bytes(), "ok");
+    }
+    // All over the same connection.
+    assert_eq!(world.dialled.load(Ordering::Relaxed), 1);
+    let metrics = world.telemetry.scrape().unwrap();
+    assert!(metrics.contains("limit=\"pending\""), "{metrics}");
+    assert_eq!(world.breaker("cart").failures(), 0);
+}
+
+#[tokio::test]
+async fn an_idle_connection_to_another_endpoint_makes_room_for_who_needs_one() {
+    let first = Peer::http1(|_, _| answer(200, "")).await;
+    let second = Peer::http1(|_, _| answer(200, "")).await;
+    let world = World::new(&[first.address, second.address]);
+    let in_turn = json!({"limits": {"connections": 1}, "balancing": {"algorithm": "RoundRobin"}});
+    world.policy("cart", &in_turn);
+    let mut client = world.connect("cart", Wire::Http1).await;
+    for _ in 0..20 {
+        assert_eq!(client.get("/").await.status, 200);
+        assert!(world.places("cart").taken() <= 1);
+    }
+    assert_eq!(first.count() + second.count(), 20);
+    assert!(first.count() > 0 && second.count() > 0);
+}
+
+#[tokio::test]
+async fn who_waits_for_a_connection_in_vain_is_refused_in_time_and_no_endpoint_is_charged() {
+    let peer = Peer::http1(|_, _| Act::Hang).await;
+    let world = World::new(&[peer.address]);
+    world.policy("cart", &json!({"limits": {"connections": 1}}));
+    let mut hanging = world.connect("cart", Wire::Http1).await;
+    let first = tokio::spawn(hanging.start(request("GET", "/", &[], "")));
+    until("it is on its way", || peer.count() == 1).await;
+    world.policy(
+        "cart",
+        &json!({"limits": {"connections": 1}, "timeouts": {"attempt": "50ms"}}),
+    );
+    let mut client = world.connect("cart", Wire::Http1).await;
+    let seen = client.get("/").await;
+    let reason = seen.header("x-undermesh-reason");
+    assert_eq!((seen.status, reason), (503, "overload"));
+    assert_eq!(peer.count(), 1);
+    assert_eq!(world.breaker("cart").failures(), 0);
+    first.abort();
 }
