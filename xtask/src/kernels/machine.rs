@@ -16,7 +16,9 @@ use super::packages::Kernel;
 use crate::build::execute;
 
 /// What the tests run, and what the first process does.
-const PROGRAMS: [&str; 6] = ["sh", "mount", "modprobe", "ip", "sysctl", "cat"];
+const PROGRAMS: [&str; 8] = [
+    "sh", "bash", "mount", "modprobe", "ip", "sysctl", "cat", "prlimit",
+];
 /// Networks between namespaces.
 const MODULES: [&str; 2] = ["veth", "bridge"];
 /// Directories of those modules and of what they need, below `kernel`.
