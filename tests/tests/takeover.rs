@@ -119,9 +119,17 @@ fn a_successor_that_dies_midway_leaves_the_running_agent_at_work() -> Result<()>
     Ok(())
 }
 
-/// Makes what the agent of a node has pinned that of an agent of another layout.
+/// Makes what the agent of a node has pinned that of an agent of another layout. A running agent clears away what another
+/// layout has left, now and then: right after it did, so that it does not find its own.
 fn call_former(lab: &Lab, side: Side) -> Result<()> {
     let pins = pins(lab, side)?;
+    if lab.node(side)?.agent().pid()?.is_some() {
+        let left_behind = pins.join("00000000000000aa");
+        fs::create_dir(&left_behind)?;
+        wait::until_true("the agent to clear away", LIMIT, || {
+            Ok(!left_behind.exists())
+        })?;
+    }
     let [own] = &layouts(&pins)?[..] else {
         bail!("more than one layout in {}", pins.display());
     };
