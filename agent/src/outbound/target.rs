@@ -7,6 +7,7 @@ use super::destinations::EndpointId;
 use super::http::Frontend;
 use crate::http::{Hint, hint};
 use crate::mesh::{Destination, ObjectName, Service, ServicePort, Snapshot, Workload};
+use crate::tunnel::HBONE_PORT;
 
 /// Where a connection may go.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -40,7 +41,9 @@ impl Target {
             Self::Pod(endpoint) => {
                 let pod = pod_of(snapshot, endpoint);
                 pod.map_or(Hint::None, |pod| {
-                    let opaque = snapshot.is_opaque(pod, endpoint.address);
+                    // Who dials the tunnels' port itself gets no HTTP of ours for an answer.
+                    let opaque = endpoint.address.port() == HBONE_PORT
+                        || snapshot.is_opaque(pod, endpoint.address);
                     hint(None, pod.port_name(endpoint.address.port()), opaque)
                 })
             }
