@@ -337,6 +337,17 @@ mod tests {
         }
     }
 
+    /// A clock, and the work of so many pods by it.
+    fn stage<const PODS: usize>() -> (Simulated, Arc<Fairness<Simulated>>, [Work; PODS]) {
+        let clock = Simulated::default();
+        let fairness = Fairness::start(clock.clone(), CancellationToken::new());
+        let work = std::array::from_fn(|_| Work {
+            clock: clock.clone(),
+            ..Work::default()
+        });
+        (clock, fairness, work)
+    }
+
     async fn let_run(clock: &Simulated, for_micros: u64) {
         let end = clock.0.load(Ordering::Relaxed) + for_micros;
         while clock.0.load(Ordering::Relaxed) < end {
@@ -346,13 +357,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_pod_with_many_tasks_gets_no_more_time_than_one_with_few() {
-        let clock = Simulated::default();
-        let fairness = Fairness::start(clock.clone(), CancellationToken::new());
-        let work = |_| Work {
-            clock: clock.clone(),
-            ..Work::default()
-        };
-        let [flooder, neighbour] = [0, 1].map(work);
+        let (clock, fairness, [flooder, neighbour]) = stage();
         for _ in 0..500 {
             tokio::spawn(fairness.turns(1, flooder.endless(20)));
         }
@@ -367,12 +372,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_neighbour_waits_for_a_quantum_and_not_for_every_task_of_a_flood() {
-        let clock = Simulated::default();
-        let fairness = Fairness::start(clock.clone(), CancellationToken::new());
-        let work = Work {
-            clock: clock.clone(),
-            ..Work::default()
-        };
+        let (clock, fairness, [work]) = stage();
         for _ in 0..2_000 {
             tokio::spawn(fairness.turns(1, work.endless(20)));
         }
@@ -396,13 +396,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_pod_that_asks_for_far_more_than_its_share_is_overdue_and_its_neighbour_is_not() {
-        let clock = Simulated::default();
-        let fairness = Fairness::start(clock.clone(), CancellationToken::new());
-        let work = |_| Work {
-            clock: clock.clone(),
-            ..Work::default()
-        };
-        let [flooder, neighbour] = [0, 1].map(work);
+        let (clock, fairness, [flooder, neighbour]) = stage();
         let flood: Vec<_> = (0..3_000)
             .map(|_| tokio::spawn(fairness.turns(1, flooder.endless(200))))
             .collect();
@@ -419,12 +413,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_pod_that_is_alone_never_waits() {
-        let clock = Simulated::default();
-        let fairness = Fairness::start(clock.clone(), CancellationToken::new());
-        let work = Work {
-            clock: clock.clone(),
-            ..Work::default()
-        };
+        let (clock, fairness, [work]) = stage();
         for _ in 0..100 {
             tokio::spawn(fairness.turns(1, work.endless(100)));
         }
@@ -434,12 +423,7 @@ mod tests {
 
     #[tokio::test]
     async fn tasks_that_were_parked_go_on_when_their_neighbour_has_ended() {
-        let clock = Simulated::default();
-        let fairness = Fairness::start(clock.clone(), CancellationToken::new());
-        let work = Work {
-            clock: clock.clone(),
-            ..Work::default()
-        };
+        let (clock, fairness, [work]) = stage();
         let flood: Vec<_> = (0..50)
             .map(|_| tokio::spawn(fairness.turns(1, work.endless(100))))
             .collect();

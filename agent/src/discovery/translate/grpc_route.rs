@@ -1,17 +1,17 @@
 //! GRPCRoutes.
 
+use std::sync::Arc;
+
 use gateway_api::experimental::grpcroutes::GrpcRoute;
 use serde::Deserialize;
 
 use super::super::object::Fault;
-use super::route::{
-    BackendManifest, RULES_MAX, RouteFacts, RouteRules, RuleFacts, RuleNames, at_most, backends,
-    check_rules, created, identify, note_on_hostnames, note_on_weights, parents, reread,
-};
+use super::route::{BackendManifest, RouteFacts, RuleFacts, at_most, backends};
 use super::route_filter::{FilterFacts, FilterManifest};
 use super::route_match::{HeaderMatchManifest, MatchKind, header_matches, pattern};
+use super::route_requests::{RequestRule, RequestSpec};
 use super::route_session::{SessionManifest, session};
-use crate::mesh::route::{GrpcMatch, RequestMatch, RouteKind, ValueMatch};
+use crate::mesh::route::{GrpcMatch, RequestMatch, RouteId, RouteKind, ValueMatch};
 
 /// The most that a rule may hold, as the API has it.
 const MATCHES_MAX: usize = 64;
@@ -51,47 +51,41 @@ struct CallManifest {
 impl RouteFacts {
     /// Checks a GRPCRoute.
     pub fn of_grpc(route: &GrpcRoute) -> Result<Self, Fault> {
-        const FIELD: &str = "spec.rules";
-        let id = identify(RouteKind::Grpc, &route.metadata);
-        let given: Option<Vec<RuleManifest>> = reread(&route.spec.rules, FIELD)?;
-        let given = given.unwrap_or_else(|| vec![RuleManifest::default()]);
-        at_most(FIELD, &given, RULES_MAX)?;
-        let hostnames = route.spec.hostnames.as_deref().unwrap_or_default();
-        let mut notes: Vec<_> = note_on_hostnames(hostnames).into_iter().collect();
-        let mut names = RuleNames::default();
-        let mut rules = Vec::with_capacity(given.len());
-        for (index, given) in given.into_iter().enumerate() {
-            let field = format!("{FIELD}[{index}]");
-            let name = names.take(&id, index, given.name.as_deref())?;
-            let matches = matches(&format!("{field}.matches"), given.matches)?;
-            let list = format!("{field}.filters");
-            let filters = FilterFacts::of(&id, &list, given.filters, &matches)?;
-            let list = format!("{field}.backendRefs");
-            let backends = backends(&id, &list, given.backend_refs, &matches)?;
-            notes.extend(note_on_weights(
-                &field,
-                &backends,
-                "the answer is UNAVAILABLE",
-            ));
-            let persistence = format!("{field}.sessionPersistence");
-            rules.push(RuleFacts {
-                session: session(&persistence, &name, given.session_persistence)?,
-                name,
-                matches,
-                filters,
-                backends,
-                timeouts: None,
-                retry: None,
-            });
-        }
-        check_rules(&rules)?;
-        Ok(Self {
-            generation: route.metadata.generation,
-            created: created(&route.metadata),
-            parents: parents(&id, &route.spec.parent_refs)?,
-            rules: RouteRules::Requests(rules),
-            notes,
-            id,
+        let spec = RequestSpec {
+            hostnames: route.spec.hostnames.as_deref(),
+            rules: &route.spec.rules,
+            parents: &route.spec.parent_refs,
+        };
+        Self::of_requests::<RuleManifest>(&route.metadata, &spec)
+    }
+}
+
+impl RequestRule for RuleManifest {
+    const KIND: RouteKind = RouteKind::Grpc;
+    const WITHOUT_WEIGHT: &'static str = "the answer is UNAVAILABLE";
+
+    fn any() -> Self {
+        Self::default()
+    }
+
+    fn name(&self) -> Option<&str> {
+        self.name.as_deref()
+    }
+
+    fn facts(self, id: &RouteId, field: &str, name: Arc<str>) -> Result<RuleFacts, Fault> {
+        let matches = matches(&format!("{field}.matches"), self.matches)?;
+        let filters = FilterFacts::of(id, &format!("{field}.filters"), self.filters, &matches)?;
+        let list = format!("{field}.backendRefs");
+        let backends = backends(id, &list, self.backend_refs, &matches)?;
+        let persistence = format!("{field}.sessionPersistence");
+        Ok(RuleFacts {
+            session: session(&persistence, &name, self.session_persistence)?,
+            name,
+            matches,
+            filters,
+            backends,
+            timeouts: None,
+            retry: None,
         })
     }
 }

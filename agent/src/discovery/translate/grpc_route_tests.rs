@@ -1,5 +1,6 @@
 use serde_json::{Value, json};
 
+use super::super::route::RouteRules;
 use super::*;
 
 fn facts(spec: Value) -> Result<RouteFacts, Fault> {

@@ -1,5 +1,6 @@
 //! HTTPRoutes.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use gateway_api::experimental::httproutes::HttpRoute;
@@ -7,12 +8,10 @@ use http::Method;
 use serde::Deserialize;
 
 use super::super::object::Fault;
-use super::route::{
-    BackendManifest, RULES_MAX, RouteFacts, RouteRules, RuleFacts, RuleNames, at_most, backends,
-    check_rules, created, identify, note_on_hostnames, note_on_weights, parents, reread,
-};
+use super::route::{BackendManifest, RouteFacts, RuleFacts, at_most, backends};
 use super::route_filter::{FilterFacts, FilterManifest, PATH_MAX, check_path};
 use super::route_match::{HeaderMatchManifest, MatchKind, header_matches, pattern};
+use super::route_requests::{RequestRule, RequestSpec};
 use super::route_session::{SessionManifest, session};
 use crate::mesh::parse_duration;
 use crate::mesh::route::{
@@ -28,7 +27,7 @@ const QUERIES_MAX: usize = 16;
 const ATTEMPTS_MAX: i64 = 10;
 
 /// `HTTPRouteRule`.
-#[derive(Debug, Clone, Deserialize)]
+#[derive(Debug, Clone, Default, Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct RuleManifest {
     name: Option<String>,
@@ -94,75 +93,50 @@ struct RetryManifest {
 impl RouteFacts {
     /// Checks an HTTPRoute.
     pub fn of_http(route: &HttpRoute) -> Result<Self, Fault> {
-        const FIELD: &str = "spec.rules";
-        let id = identify(RouteKind::Http, &route.metadata);
-        let given: Option<Vec<RuleManifest>> = reread(&route.spec.rules, FIELD)?;
-        // As the API's default has it.
-        let given = given.unwrap_or_else(|| vec![RuleManifest::any()]);
-        at_most(FIELD, &given, RULES_MAX)?;
-        let hostnames = route.spec.hostnames.as_deref().unwrap_or_default();
-        let mut notes: Vec<_> = note_on_hostnames(hostnames).into_iter().collect();
-        let mut names = RuleNames::default();
-        let mut rules = Vec::with_capacity(given.len());
-        for (index, given) in given.into_iter().enumerate() {
-            let field = format!("{FIELD}[{index}]");
-            let name = names.take(&id, index, given.name.as_deref())?;
-            let rule = rule(&id, &field, name, given)?;
-            notes.extend(note_on_weights(&field, &rule.backends, "the answer is 500"));
-            rules.push(rule);
+        let spec = RequestSpec {
+            hostnames: route.spec.hostnames.as_deref(),
+            rules: &route.spec.rules,
+            parents: &route.spec.parent_refs,
+        };
+        Self::of_requests::<RuleManifest>(&route.metadata, &spec)
+    }
+}
+
+impl RequestRule for RuleManifest {
+    const KIND: RouteKind = RouteKind::Http;
+    const WITHOUT_WEIGHT: &'static str = "the answer is 500";
+
+    /// As the API's default has it.
+    fn any() -> Self {
+        Self::default()
+    }
+
+    fn name(&self) -> Option<&str> {
+        self.name.as_deref()
+    }
+
+    fn facts(self, id: &RouteId, field: &str, name: Arc<str>) -> Result<RuleFacts, Fault> {
+        let matches = matches(&format!("{field}.matches"), self.matches)?;
+        let filters = FilterFacts::of(id, &format!("{field}.filters"), self.filters, &matches)?;
+        let list = format!("{field}.backendRefs");
+        if filters.answers() && !self.backend_refs.is_empty() {
+            return Err(Fault::new(
+                list,
+                "a rule with a RequestRedirect has no backends",
+            ));
         }
-        check_rules(&rules)?;
-        Ok(Self {
-            generation: route.metadata.generation,
-            created: created(&route.metadata),
-            parents: parents(&id, &route.spec.parent_refs)?,
-            rules: RouteRules::Requests(rules),
-            notes,
-            id,
+        let backends = backends(id, &list, self.backend_refs, &matches)?;
+        let persistence = format!("{field}.sessionPersistence");
+        Ok(RuleFacts {
+            timeouts: timeouts(&format!("{field}.timeouts"), self.timeouts)?,
+            retry: retry(&format!("{field}.retry"), self.retry)?,
+            session: session(&persistence, &name, self.session_persistence)?,
+            name,
+            matches,
+            filters,
+            backends,
         })
     }
-}
-
-impl RuleManifest {
-    fn any() -> Self {
-        Self {
-            name: None,
-            matches: Vec::new(),
-            filters: Vec::new(),
-            backend_refs: Vec::new(),
-            timeouts: None,
-            retry: None,
-            session_persistence: None,
-        }
-    }
-}
-
-fn rule(
-    id: &RouteId,
-    field: &str,
-    name: std::sync::Arc<str>,
-    given: RuleManifest,
-) -> Result<RuleFacts, Fault> {
-    let matches = matches(&format!("{field}.matches"), given.matches)?;
-    let filters = FilterFacts::of(id, &format!("{field}.filters"), given.filters, &matches)?;
-    let list = format!("{field}.backendRefs");
-    if filters.answers() && !given.backend_refs.is_empty() {
-        return Err(Fault::new(
-            list,
-            "a rule with a RequestRedirect has no backends",
-        ));
-    }
-    let backends = backends(id, &list, given.backend_refs, &matches)?;
-    let persistence = format!("{field}.sessionPersistence");
-    Ok(RuleFacts {
-        timeouts: timeouts(&format!("{field}.timeouts"), given.timeouts)?,
-        retry: retry(&format!("{field}.retry"), given.retry)?,
-        session: session(&persistence, &name, given.session_persistence)?,
-        name,
-        matches,
-        filters,
-        backends,
-    })
 }
 
 fn matches(field: &str, given: Vec<MatchManifest>) -> Result<Vec<RequestMatch>, Fault> {

@@ -1,5 +1,6 @@
 use serde_json::{Value, json};
 
+use super::super::route::RouteRules;
 use super::*;
 use crate::mesh::ObjectName;
 use crate::mesh::route::{Backend, BackendTarget, CookieLifetime, Filters, Rule, SessionCarrier};

@@ -17,6 +17,7 @@ mod route;
 mod route_cors;
 mod route_filter;
 mod route_match;
+mod route_requests;
 mod route_session;
 mod service;
 mod tcp_route;
