@@ -60,6 +60,7 @@ pub struct PodSpec {
     probes: BTreeMap<String, Value>,
     command: Vec<String>,
     v4_only: bool,
+    unready: bool,
 }
 
 impl PodSpec {
@@ -77,6 +78,7 @@ impl PodSpec {
             probes: BTreeMap::new(),
             command: Vec::new(),
             v4_only: false,
+            unready: false,
         }
     }
 
@@ -157,6 +159,13 @@ impl PodSpec {
         self
     }
 
+    /// No endpoint of its Services until [`Lab::set_ready`](super::Lab::set_ready) says so.
+    #[must_use]
+    pub fn unready(mut self) -> Self {
+        self.unready = true;
+        self
+    }
+
     pub(super) fn name(&self) -> &str {
         &self.name
     }
@@ -201,6 +210,9 @@ impl PodSpec {
         };
         if self.v4_only {
             annotations.insert(super::plan::V4_ONLY.into(), "true".into());
+        }
+        if self.unready {
+            document["status"]["conditions"] = json!([{"type": "Ready", "status": "False"}]);
         }
         if !annotations.is_empty() {
             document["metadata"]["annotations"] = annotations.into();

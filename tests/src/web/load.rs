@@ -12,6 +12,7 @@ use hyper::client::conn::{http1, http2};
 use hyper::{Request, Response};
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use tokio::net::TcpStream;
+use tokio::sync::watch;
 use tokio::time::{Instant, sleep_until, timeout, timeout_at};
 
 use super::options::LoadOptions;
@@ -25,18 +26,20 @@ const PAUSE: Duration = Duration::from_millis(5);
 struct Load {
     options: LoadOptions,
     start: Instant,
-    end: Instant,
+    /// When the last request is due; earlier once it was asked to stop.
+    end: watch::Sender<Instant>,
     /// Number of the next request that is due.
     next: AtomicU64,
     counts: Mutex<(LoadReport, Latencies)>,
 }
 
-/// Sends requests, writes its report to stdout, and says whether all were answered 2xx.
+/// Sends requests, writes its report to stdout, and says whether all were answered 2xx. SIGTERM and SIGINT make it send
+/// no more.
 pub async fn run(options: LoadOptions) -> Result<bool> {
     let start = Instant::now();
     let load = Arc::new(Load {
         start,
-        end: start + Duration::from_millis(options.milliseconds),
+        end: watch::Sender::new(start + Duration::from_millis(options.milliseconds)),
         next: AtomicU64::new(0),
         counts: Mutex::default(),
         options,
@@ -46,12 +49,21 @@ pub async fn run(options: LoadOptions) -> Result<bool> {
         let load = Arc::clone(&load);
         traffic::answer_reports(control, Arc::new(move || load.report(false)))?;
     }
+    let stopper = {
+        let load = Arc::clone(&load);
+        tokio::spawn(async move {
+            if traffic::asked_to_stop().await.is_ok() {
+                load.end.send_modify(|end| *end = Instant::now().min(*end));
+            }
+        })
+    };
     let workers: Vec<_> = (0..load.options.connections.max(1))
         .map(|_| tokio::spawn(Arc::clone(&load).work()))
         .collect();
     for worker in workers {
         worker.await?;
     }
+    stopper.abort();
     let report = load.report(true);
     println!("{}", serde_json::to_string(&report)?);
     Ok(report.failed() == 0)
@@ -67,8 +79,8 @@ impl Load {
         let mut report = counts.0.clone();
         report.latency = counts.1.summary();
         report.finished = finished;
-        if self.options.rate > 0 && self.options.requests.is_none() {
-            let elapsed = Instant::now().min(self.end) - self.start;
+        if self.options.rate > 0 {
+            let elapsed = Instant::now().min(self.end()) - self.start;
             let due = u128::from(self.options.rate) * elapsed.as_micros() / 1_000_000;
             report.unsent = u64::try_from(due)
                 .unwrap_or(u64::MAX)
@@ -80,7 +92,11 @@ impl Load {
     async fn work(self: Arc<Self>) {
         let mut connection: Option<Connection> = None;
         while let Some(due) = self.due() {
-            sleep_until(due).await;
+            let mut end = self.end.subscribe();
+            tokio::select! {
+                () = sleep_until(due) => {}
+                _ = end.wait_for(|end| *end <= due) => return,
+            }
             let limit = Instant::now() + Duration::from_millis(self.options.timeout_ms);
             if connection.as_ref().is_none_or(Connection::is_closed) {
                 connection = None;
@@ -100,6 +116,10 @@ impl Load {
         }
     }
 
+    fn end(&self) -> Instant {
+        *self.end.borrow()
+    }
+
     /// When the next request is due; `None` when all have been sent.
     fn due(&self) -> Option<Instant> {
         let number = self.next.fetch_add(1, Ordering::Relaxed);
@@ -107,11 +127,8 @@ impl Load {
             0 => Instant::now(),
             rate => self.start + Duration::from_secs_f64(number as f64 / f64::from(rate)),
         };
-        let goes_on = match self.options.requests {
-            Some(requests) => number < requests,
-            None => due < self.end && Instant::now() < self.end,
-        };
-        goes_on.then_some(due)
+        let end = self.end();
+        (due < end && Instant::now() < end).then_some(due)
     }
 
     async fn once(&self, connection: &mut Option<Connection>) -> Result<Answer> {

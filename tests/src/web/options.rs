@@ -65,12 +65,9 @@ pub struct LoadOptions {
     /// every connection.
     #[arg(long, default_value_t = 0)]
     pub rate: u32,
-    /// How long, in milliseconds.
+    /// How long at most, in milliseconds.
     #[arg(long, default_value_t = 1000)]
     pub milliseconds: u64,
-    /// End after this many requests, however long they take, rather than after a time.
-    #[arg(long)]
-    pub requests: Option<u64>,
     /// Connections, each with one request at a time.
     #[arg(long, default_value_t = 16)]
     pub connections: u32,
@@ -102,7 +99,6 @@ impl LoadOptions {
             method: "GET".to_owned(),
             rate: 0,
             milliseconds: 1000,
-            requests: None,
             connections: 16,
             http2: false,
             headers: Vec::new(),
@@ -123,13 +119,6 @@ impl LoadOptions {
     #[must_use]
     pub fn during(mut self, duration: Duration) -> Self {
         self.milliseconds = u64::try_from(duration.as_millis()).unwrap_or(u64::MAX);
-        self
-    }
-
-    /// So many, rather than for a time.
-    #[must_use]
-    pub fn requests(mut self, requests: u64) -> Self {
-        self.requests = Some(requests);
         self
     }
 
@@ -176,9 +165,6 @@ impl LoadOptions {
             format!("--body={}", self.body),
             format!("--timeout-ms={}", self.timeout_ms),
         ];
-        if let Some(requests) = self.requests {
-            args.push(format!("--requests={requests}"));
-        }
         if self.http2 {
             args.push("--http2".to_owned());
         }
@@ -211,7 +197,6 @@ mod tests {
         let load = LoadOptions::new("[fd00::1]:80".parse().unwrap())
             .rate(500)
             .during(Duration::from_secs(3))
-            .requests(7)
             .http2()
             .header("x-version", "v2");
         let Cli::Load(parsed) = parse(load.to_args()) else {
