@@ -1,6 +1,7 @@
 //! What becomes of requests: an outage, a bad version, a flood.
 
 use std::fmt::Display;
+use std::time::Duration;
 
 use anyhow::Result;
 use clap::{Args, ValueEnum};
@@ -47,11 +48,15 @@ pub struct OutageArgs {
 /// Every server of a Service fails for a while.
 pub fn outage(args: &OutageArgs) -> Result<Shown> {
     let binaries = programs::build()?;
-    let options = OutageOptions {
+    let mut options = OutageOptions {
         breaker: args.breaker.into(),
         budget: args.budget.into(),
         ..OutageOptions::default()
     };
+    if options.breaker == Switch::Off {
+        // Twice the budget's window: what was paid for while all was well is spent in the first seconds.
+        options.outage = Duration::from_secs(20);
+    }
     let outage = Outage::run(Some(binaries), &options, &tell)?;
     let mut checks = Checks::default();
     checks.more_than("ok", outage.client.ok, 0);
