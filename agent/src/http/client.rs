@@ -13,8 +13,8 @@ use super::body::BodyError;
 use super::h1::{H1, H1Body};
 use super::h2::{H2Body, H2Place};
 use super::places::Crowded;
-use super::pool::Upstreams;
 use super::replay::ReplayBody;
+use super::upstreams::Upstreams;
 use crate::resilience::{Failure, Outcome, Unsent};
 
 /// Why a request provably never reached an application: it may be sent again, whatever it is.

@@ -22,9 +22,9 @@ use super::body::BodyError;
 use super::client::{Kind, Lease, NeverSent, SendError, UpstreamBody, UpstreamBodyKind};
 use super::io::HttpIo;
 use super::places::Places;
-use super::pool::{Connected, Held, Upstreams};
 use super::replay::{Gate, ReplayBody, Tail};
 use super::upgrade::Switched;
+use super::upstreams::{Connected, Held, Upstreams};
 
 /// How long the body of a request with `Expect: 100-continue` is held back for an upstream that
 /// gives no sign (RFC 9110 §10.1.1 forbids to wait for ever); curl waits as long.

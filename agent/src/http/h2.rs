@@ -19,8 +19,8 @@ use super::body::BodyError;
 use super::client::{Kind, Lease, NeverSent, SendError, UpstreamBody, UpstreamBodyKind};
 use super::io::HttpIo;
 use super::places::Places;
-use super::pool::{Connected, Upstreams};
 use super::replay::ReplayBody;
+use super::upstreams::{Connected, Upstreams};
 
 /// Receive window of one stream, and what an unread answer may hold here: 256 KiB carry 2 Gbit/s at
 /// a round trip of 1 ms.

@@ -9,6 +9,7 @@
 //! - What two parsers could understand differently is refused with 400 and counted.
 
 mod body;
+mod care;
 mod client;
 mod counters;
 mod detect;
@@ -24,6 +25,7 @@ mod replay;
 mod respond;
 mod server;
 mod upgrade;
+mod upstreams;
 mod watch;
 
 pub use body::{BodyEnd, BodyError, BodyWatch, ProxyBody};
@@ -35,13 +37,11 @@ pub use guard::{BadRequest, check_authority};
 pub use headers::{ClientView, RequestId, Side, to_downstream, to_upstream};
 pub use io::HttpIo;
 pub use places::{Crowded, Places};
-pub use pool::{
-    Connected, Held, PoolCounters, PoolLimits, PoolStatus, Terms, UpstreamKey, UpstreamPool,
-    Upstreams, Way,
-};
+pub use pool::{PoolCounters, PoolLimits, PoolStatus, Terms, UpstreamKey, UpstreamPool, Way};
 pub use replay::{Replay, ReplayBody};
 pub use respond::{Dialect, REASON, is_grpc, own_response, own_response_in};
 pub use server::{ResetNow, Served, ServedEnd, ServerContext, ServerLimits, Wire, serve_http};
+pub use upstreams::{Connected, Held, Upstreams};
 
 #[cfg(test)]
 mod tests;

@@ -8,7 +8,7 @@ use thiserror::Error;
 use tokio::sync::oneshot;
 
 use super::client::Lease;
-use super::pool::Upstreams;
+use super::upstreams::Upstreams;
 
 /// The upstream connections of a node to one destination: at most so many, of all pods and to all
 /// endpoints. Requests that need one more wait in a line, first come, first served; beyond its length

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use tokio_util::sync::CancellationToken;
 
 use super::io::HttpIo;
-use super::pool::Held;
+use super::upstreams::Held;
 use crate::relay::{self, Counts, Ended, Peer};
 
 /// The upstream side of a connection that speaks another protocol now; it travels in the extensions

@@ -11,10 +11,11 @@ use hyper::body::{Body, Frame, SizeHint};
 use tokio::time::{Instant, Sleep, sleep_until};
 
 use super::admit::Admission;
-use super::attempt::{Answered, grpc_status, of_grpc_trailers};
+use super::attempt::Answered;
 use super::leg::Leg;
 use super::request::{Kind, Outgoing};
 use super::route::Routed;
+use super::verdict::{grpc_status, of_grpc_trailers};
 use super::{Client, Network};
 use crate::http::{BodyError, ProxyBody, Replay, UpstreamBody, to_downstream};
 use crate::outbound::clock::Clock;

@@ -22,6 +22,7 @@ mod request;
 mod route;
 #[cfg(test)]
 mod tests;
+mod verdict;
 mod view;
 
 use std::net::SocketAddr;
