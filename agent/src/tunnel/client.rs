@@ -21,9 +21,10 @@ use super::error::{Stage, StreamReset, TunnelError};
 use super::headers::{self, ConnectRequest};
 use super::limits::{self, Limits};
 use super::liveness::{Liveness, Transport, Watched, silence};
+use super::peer::proven;
 use super::pool::{TunnelKey, Tunnelled};
 use super::stream::{Stalled, halves};
-use crate::identity::{WorkloadCertificate, peer_identity};
+use crate::identity::WorkloadCertificate;
 use crate::mesh::SpiffeId;
 
 /// How many stalled senders a tunnel may have before new streams avoid it. A ztunnel peer gives a
@@ -166,16 +167,7 @@ fn identify<T: Transport>(
     tls: &TlsStream<Watched<T>>,
 ) -> Result<SpiffeId, TunnelError> {
     let address = key.address;
-    let session = tls.get_ref().1;
-    if session.alpn_protocol().is_some_and(|name| name != b"h2") {
-        return Err(TunnelError::Protocol { address });
-    }
-    let peer = peer_identity(session.peer_certificates().unwrap_or_default()).map_err(|error| {
-        TunnelError::PeerCertificate {
-            address,
-            reason: error.to_string().into(),
-        }
-    })?;
+    let peer = proven(tls.get_ref().1, address)?;
     if !key.destinations.contains(&peer) {
         return Err(TunnelError::PeerIdentity {
             address,

@@ -17,6 +17,7 @@ mod headers;
 mod io;
 mod limits;
 mod liveness;
+mod peer;
 mod pool;
 mod server;
 mod status;

@@ -23,8 +23,9 @@ use super::error::{Refusal, Stage, StreamReset, TunnelError};
 use super::headers::{self, Forwarded, Hearsay};
 use super::limits::{self, Limits, MAX_STREAMS};
 use super::liveness::{Liveness, Transport, Watched, silence};
+use super::peer::proven;
 use super::stream::{Stalled, TunnelReceive, TunnelSend, halves};
-use crate::identity::{WorkloadCertificate, peer_identity};
+use crate::identity::WorkloadCertificate;
 use crate::mesh::SpiffeId;
 
 /// The port of HBONE.
@@ -150,16 +151,7 @@ async fn handshake<T: Transport>(
         .accept(io)
         .await
         .map_err(|error| TunnelError::tls(address, error))?;
-    let session = tls.get_ref().1;
-    if session.alpn_protocol().is_some_and(|name| name != b"h2") {
-        return Err(TunnelError::Protocol { address });
-    }
-    let peer = peer_identity(session.peer_certificates().unwrap_or_default()).map_err(|error| {
-        TunnelError::PeerCertificate {
-            address,
-            reason: error.to_string().into(),
-        }
-    })?;
+    let peer = proven(tls.get_ref().1, address)?;
     tls.get_mut().1.set_buffer_limit(Some(limits::TLS_BUFFER));
     let connection = limits::server()
         .handshake(tls)
