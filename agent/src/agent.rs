@@ -26,7 +26,7 @@ use crate::capture::{
 };
 use crate::cli::CONTROL_SOCKET;
 use crate::discovery::files::{FileSource, FileSourceError, FileSourceOptions};
-use crate::fairness::{Fairness, Monotonic, QuotaLimits, Quotas};
+use crate::fairness::{self, Fairness, Monotonic, Payer, QuotaLimits, Quotas};
 use crate::handover::{Giver, HandoverError};
 use crate::http::{HttpCounters, UpstreamPool};
 use crate::identity::{
@@ -152,12 +152,19 @@ struct Dispatch {
 
 impl Handler for Dispatch {
     fn handle(&self, accepted: Accepted) -> Pin<Box<dyn Future<Output = ()> + Send>> {
-        let pod = accepted.pod.netns_cookie();
+        let client = match accepted.role {
+            Role::Outbound => fairness::Client::Itself,
+            Role::Inbound | Role::Hbone => fairness::Client::At(accepted.peer.ip()),
+        };
+        let payer = Payer {
+            pod: accepted.pod.netns_cookie(),
+            client,
+        };
         match accepted.role {
             Role::Outbound => {
                 let outbound = self.outbound.clone();
                 let capture = self.capture.get().and_then(Weak::upgrade);
-                Box::pin(self.fairness.turns(pod, async move {
+                Box::pin(self.fairness.turns(payer, async move {
                     if let Some(capture) = capture {
                         outbound.serve(accepted, capture).await;
                     }
@@ -165,13 +172,13 @@ impl Handler for Dispatch {
             }
             Role::Inbound => {
                 let inbound = self.inbound.clone();
-                Box::pin(self.fairness.turns(pod, async move {
+                Box::pin(self.fairness.turns(payer, async move {
                     inbound.serve_plaintext(accepted).await;
                 }))
             }
             Role::Hbone => {
                 let tunnel = self.inbound.clone().serve_tunnel(accepted);
-                Box::pin(self.fairness.turns(pod, tunnel))
+                Box::pin(self.fairness.turns(payer, tunnel))
             }
         }
     }
@@ -235,7 +242,6 @@ pub async fn run(
         destinations: destinations.clone(),
         counters: http.clone(),
         telemetry: telemetry.clone(),
-        fairness: fairness.clone(),
         quotas: quotas.clone(),
         drain: leaving.clone(),
     });

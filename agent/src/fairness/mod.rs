@@ -1,8 +1,13 @@
 //! What one pod may take from its neighbours: time on the workers ([`Fairness::turns`]), requests under way and memory
 //! for bodies that may have to be sent again ([`Quota`]). Each bound is per pod and per node, since a pod is on one.
 
+mod clock;
+mod current;
+mod ledger;
 mod quota;
 mod turns;
 
+pub use clock::{Clock, Monotonic};
+pub use current::{Executor, is_overdue, spawn};
 pub use quota::{Quota, QuotaLimits, Quotas, Reserved, Unserved};
-pub use turns::{Clock, Fairness, Monotonic, Turns};
+pub use turns::{Client, Fairness, Payer, Turns};

@@ -7,7 +7,7 @@ use std::sync::{Arc, Weak};
 use parking_lot::Mutex;
 use thiserror::Error;
 
-use super::{Clock, Fairness};
+use super::is_overdue;
 use crate::resilience::limit::{ConcurrencyLimit, Slot};
 
 /// Bounds of one pod on its node.
@@ -75,7 +75,6 @@ impl Quotas {
         }
         pods.retain(|_, quota| quota.strong_count() > 0);
         let quota = Arc::new(Quota {
-            pod,
             requests: ConcurrencyLimit::new(self.limits.requests),
             most: self.limits.bytes,
             reserved: AtomicUsize::new(0),
@@ -100,7 +99,6 @@ impl Quotas {
 /// What one pod holds.
 #[derive(Debug)]
 pub struct Quota {
-    pod: u64,
     requests: Arc<ConcurrencyLimit>,
     most: usize,
     reserved: AtomicUsize,
@@ -108,12 +106,12 @@ pub struct Quota {
 }
 
 impl Quota {
-    /// Takes a place for a request until the slot is dropped.
+    /// Takes a place for a request until the slot is dropped. To be called by a task that takes turns for the pod.
     ///
     /// # Errors
     /// The pod has too many under way, or its work is late; counted.
-    pub fn admit<C: Clock>(&self, fairness: &Fairness<C>) -> Result<Slot, Unserved> {
-        if fairness.is_overdue(self.pod) {
+    pub fn admit(&self) -> Result<Slot, Unserved> {
+        if is_overdue() {
             self.counters.too_slow.fetch_add(1, Ordering::Relaxed);
             return Err(Unserved::TooSlow);
         }
@@ -164,9 +162,6 @@ impl Drop for Reserved {
 
 #[cfg(test)]
 mod tests {
-    use tokio_util::sync::CancellationToken;
-
-    use super::super::Monotonic;
     use super::*;
 
     fn quotas() -> Quotas {
@@ -176,18 +171,15 @@ mod tests {
         })
     }
 
-    #[tokio::test]
-    async fn a_pod_that_is_full_takes_nothing_from_another() {
-        let (quotas, fairness) = (
-            quotas(),
-            Fairness::start(Monotonic::default(), CancellationToken::new()),
-        );
+    #[test]
+    fn a_pod_that_is_full_takes_nothing_from_another() {
+        let quotas = quotas();
         let (loud, quiet) = (quotas.of(1), quotas.of(2));
-        let slots = [loud.admit(&fairness), loud.admit(&fairness)];
-        assert_eq!(loud.admit(&fairness).err(), Some(Unserved::TooMany));
-        assert!(quiet.admit(&fairness).is_ok());
+        let slots = [loud.admit(), loud.admit()];
+        assert_eq!(loud.admit().err(), Some(Unserved::TooMany));
+        assert!(quiet.admit().is_ok());
         drop(slots);
-        assert!(loud.admit(&fairness).is_ok());
+        assert!(loud.admit().is_ok());
         assert_eq!(quotas.counters()[0], ("request_quota_full", 1));
     }
 

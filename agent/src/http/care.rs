@@ -10,7 +10,7 @@ use http::{Request, Response};
 use hyper::body::Incoming;
 use hyper::server::conn::{http1, http2};
 use hyper::service::service_fn;
-use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 
@@ -21,6 +21,7 @@ use super::h2::{SEND_BUFFER, STREAM_WINDOW};
 use super::server::{Desk, ResetNow, ServedEnd, ServerLimits};
 use super::upgrade;
 use super::watch::{Shared, Watched};
+use crate::fairness;
 use crate::relay::Counts;
 
 /// What looks after a connection while it is served.
@@ -105,7 +106,7 @@ impl Care<'_> {
     {
         let headers = u32::try_from(self.limits.header_bytes).unwrap_or(u32::MAX);
         let mut connection = pin!(
-            http2::Builder::new(TokioExecutor::new())
+            http2::Builder::new(fairness::Executor)
                 .timer(TokioTimer::new())
                 .initial_stream_window_size(STREAM_WINDOW)
                 .initial_connection_window_size(STREAM_WINDOW.saturating_mul(self.limits.streams))

@@ -25,6 +25,7 @@ use super::places::Places;
 use super::replay::{Gate, ReplayBody, Tail};
 use super::upgrade::Switched;
 use super::upstreams::{Connected, Held, Upstreams};
+use crate::fairness;
 
 /// How long the body of a request with `Expect: 100-continue` is held back for an upstream that
 /// gives no sign (RFC 9110 §10.1.1 forbids to wait for ever); curl waits as long.
@@ -263,7 +264,7 @@ impl H1Body {
         if request.is_some_and(|tail| !tail.is_over()) && !over {
             // The answer began before the request ended. From here on they must not wait for each
             // other, so the connection gets a task of its own, and no other request after this.
-            tokio::spawn(connection.finish());
+            fairness::spawn(connection.finish());
             return Self {
                 incoming: Some(incoming),
                 connection: None,
@@ -318,7 +319,7 @@ impl H1Body {
         };
         match connection.condition() {
             Condition::Free => home.take_back(connection),
-            Condition::Ended => drop(tokio::spawn(connection.close())),
+            Condition::Ended => drop(fairness::spawn(connection.close())),
             Condition::Broken => {}
         }
     }

@@ -21,6 +21,7 @@ use super::io::HttpIo;
 use super::places::Places;
 use super::replay::ReplayBody;
 use super::upstreams::{Connected, Upstreams};
+use crate::fairness;
 
 /// Receive window of one stream, and what an unread answer may hold here: 256 KiB carry 2 Gbit/s at
 /// a round trip of 1 ms.
@@ -124,7 +125,7 @@ impl H2 {
             .enable_push(false)
             .handshake::<_, Bytes>(io)
             .await?;
-        let task = tokio::spawn(async move {
+        let task = fairness::spawn(async move {
             drive(connection).await;
             drop(held);
         });
@@ -256,7 +257,7 @@ impl H2Place {
         })
         .await?;
         // The answer began before the request ended: from here on they do not wait for each other.
-        let sending = sending.map(|pump| AbortOnDrop(tokio::spawn(pump).abort_handle()));
+        let sending = sending.map(|pump| AbortOnDrop(fairness::spawn(pump).abort_handle()));
         let (head, receive) = answer.into_parts();
         Ok(Response::from_parts(
             head,

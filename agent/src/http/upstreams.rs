@@ -15,6 +15,7 @@ use super::io::HttpIo;
 use super::places::{Crowded, Entry, Grant, Place, Places};
 use super::pool::{PoolLimits, PoolStatus, Terms, Totals, UpstreamKey};
 use super::server::Wire;
+use crate::fairness;
 
 /// Whatever has to live as long as a connection: a permit, a guard that counts.
 pub type Held = Box<dyn Send + Sync>;
@@ -176,7 +177,7 @@ impl Upstreams {
         if connection.condition() == Condition::Free {
             let unwanted = places.offer_first(self, (connection, self.clone()).into());
             if let Err(Lease(Kind::H1 { connection, .. })) = unwanted {
-                tokio::spawn(connection.close());
+                fairness::spawn(connection.close());
             }
         }
         true
@@ -257,7 +258,7 @@ impl Upstreams {
             connection.limit(terms.requests);
             match connection.condition() {
                 Condition::Free if connection.is_spent() => {
-                    tokio::spawn(connection.close());
+                    fairness::spawn(connection.close());
                 }
                 Condition::Free => {
                     count(&self.totals.reused);
@@ -265,7 +266,7 @@ impl Upstreams {
                 }
                 Condition::Ended => {
                     count(&self.totals.found_closed);
-                    tokio::spawn(connection.close());
+                    fairness::spawn(connection.close());
                 }
                 Condition::Broken => count(&self.totals.found_closed),
             }
@@ -275,7 +276,7 @@ impl Upstreams {
     /// A connection whose request is over: it is kept for the next, if it may carry another.
     pub(super) fn take_back(self: &Arc<Self>, mut connection: Box<H1>) {
         if connection.is_spent() {
-            tokio::spawn(connection.close());
+            fairness::spawn(connection.close());
             return;
         }
         connection.since = Instant::now();
@@ -295,7 +296,7 @@ impl Upstreams {
         };
         if let Some(connection) = surplus {
             count(&self.totals.overflowed);
-            tokio::spawn(connection.close());
+            fairness::spawn(connection.close());
         } else if let Some(places) = places.filter(|places| places.has_line()) {
             self.pass_on(&places);
         }
@@ -400,7 +401,7 @@ impl Upstreams {
             .fetch_sub(state.idle.len(), Ordering::Relaxed);
         for connection in state.idle {
             match cut {
-                Cut::InOrder => drop(tokio::spawn(connection.close())),
+                Cut::InOrder => drop(fairness::spawn(connection.close())),
                 Cut::AtOnce => drop(connection),
             }
         }
@@ -444,7 +445,7 @@ impl Upstreams {
             .fetch_sub(expired.len() + dead.len(), Ordering::Relaxed);
         for connection in expired {
             count(&self.totals.expired);
-            tokio::spawn(connection.close());
+            fairness::spawn(connection.close());
         }
     }
 

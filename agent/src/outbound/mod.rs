@@ -22,7 +22,7 @@ use tokio::time::MissedTickBehavior;
 use tokio_util::sync::CancellationToken;
 
 use crate::capture::{Accepted, Capture, EnrolledPod};
-use crate::fairness::{Fairness, Quotas};
+use crate::fairness::Quotas;
 use crate::http::{
     ClientView, HttpCounters, PoolLimits, Protocol, ServerContext, ServerLimits, UpstreamPool,
     Wire, detect, serve_http,
@@ -83,8 +83,6 @@ pub struct OutboundParts {
     pub counters: Arc<HttpCounters>,
     /// Connections and requests are told of here.
     pub telemetry: Arc<Telemetry>,
-    /// Shares of the workers' time, by pod.
-    pub fairness: Arc<Fairness>,
     /// What requests of one pod may hold.
     pub quotas: Arc<Quotas>,
     /// Cancelled when the agent stops.
@@ -101,7 +99,6 @@ impl Outbound {
                 parts.snapshot.clone(),
                 parts.destinations.clone(),
                 upstreams.clone(),
-                parts.fairness,
             ),
             quotas: parts.quotas,
             dialer: Dialer::new(parts.certificates, parts.tunnels.clone()),

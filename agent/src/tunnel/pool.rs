@@ -19,6 +19,7 @@ use super::limits::Limits;
 use super::liveness::Transport;
 use super::status::{Counters, TunnelStatus, count};
 use super::stream::{TunnelReceive, TunnelSend};
+use crate::fairness;
 use crate::identity::WorkloadCertificate;
 use crate::mesh::SpiffeId;
 
@@ -417,7 +418,7 @@ impl Pool {
             forget(&pool, &key, id);
             drop(permit);
         };
-        tokio::spawn(driven.instrument(span));
+        fairness::spawn(driven.instrument(span));
         Ok(place)
     }
 }

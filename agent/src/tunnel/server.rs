@@ -25,6 +25,7 @@ use super::limits::{self, Limits, MAX_STREAMS};
 use super::liveness::{Liveness, Transport, Watched, silence};
 use super::peer::proven;
 use super::stream::{Stalled, TunnelReceive, TunnelSend, halves};
+use crate::fairness;
 use crate::identity::WorkloadCertificate;
 use crate::mesh::SpiffeId;
 
@@ -254,7 +255,7 @@ impl<T: Transport> Served<T> {
         };
         let handler = self.side.service.connect(incoming);
         let (resets, flooded) = (self.resets.clone(), self.flooded.clone());
-        tokio::spawn(async move {
+        fairness::spawn(async move {
             tokio::select! {
                 () = handler => {
                     if let Some(mut respond) = respond.lock().take() {

@@ -45,7 +45,7 @@ pub(super) fn of_pod<N: Network>(
     client: &Client<N>,
     record: &mut RequestRecord,
 ) -> Result<Slot, Refusal> {
-    let admitted = client.caller.quota.admit(&client.engine.fairness);
+    let admitted = client.caller.quota.admit();
     admitted.map_err(|unserved| {
         if let Frontend::Service { service, .. } = &client.caller.frontend {
             record.route(Some(service), None);

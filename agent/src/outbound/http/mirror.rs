@@ -14,6 +14,7 @@ use super::request::{Kind, Outgoing};
 use super::route::Routed;
 use super::view::View;
 use super::{Client, Network};
+use crate::fairness;
 use crate::http::ReplayBody;
 use crate::resilience::destination::{Ask, Probing};
 use crate::resilience::{Failure, Outcome, Unsent};
@@ -49,7 +50,7 @@ pub(super) fn copy<N: Network>(
         request.record.event(RequestEvent::MirrorSent);
         let copy = request.attempt(body.attempt(), 1, client.engine.clock().now());
         let (client, view, kind) = (client.clone(), view.clone(), request.kind);
-        tokio::spawn(async move {
+        fairness::spawn(async move {
             let limit = leg.timeouts.request.unwrap_or(PATIENCE);
             let sent = timeout(limit, send(&client, &view, &leg, kind, copy)).await;
             if !matches!(sent, Ok(Ok(()))) {

@@ -35,7 +35,7 @@ use tokio::sync::Semaphore;
 
 use super::clock::Clock;
 use super::destinations::{Destinations, EndpointId};
-use crate::fairness::{Fairness, Quota};
+use crate::fairness::Quota;
 use crate::http::{ClientView, ProxyBody, ResetNow, UpstreamPool};
 use crate::mesh::{ObjectName, SharedSnapshot, Workload};
 use crate::resilience::ejection::SourceId;
@@ -65,8 +65,6 @@ pub struct Engine {
     pool: Arc<UpstreamPool>,
     /// Retries of requests to pods' own addresses are paid from here.
     direct_budget: Arc<RetryBudget>,
-    /// Whose work is late.
-    fairness: Arc<Fairness>,
     mirrors: Arc<Semaphore>,
 }
 
@@ -77,14 +75,12 @@ impl Engine {
         snapshot: SharedSnapshot,
         destinations: Arc<Destinations>,
         pool: Arc<UpstreamPool>,
-        fairness: Arc<Fairness>,
     ) -> Arc<Self> {
         Arc::new(Self {
             snapshot,
             destinations,
             pool,
             direct_budget: Arc::new(RetryBudget::new(&Default::default())),
-            fairness,
             mirrors: Arc::new(Semaphore::new(MIRRORS)),
         })
     }

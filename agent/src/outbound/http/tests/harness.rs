@@ -16,7 +16,7 @@ use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
 use super::*;
-use crate::fairness::{Monotonic, QuotaLimits, Quotas};
+use crate::fairness::{QuotaLimits, Quotas};
 use crate::http::{
     HttpCounters, HttpIo, PoolLimits, ServerContext, ServerLimits, Side, serve_http,
 };
@@ -261,9 +261,8 @@ impl World {
         let sink = Arc::new(EventLog::new(1000));
         let destinations = Destinations::new(snapshot.clone(), "node-a", Clock::start(), sink);
         let pool = UpstreamPool::new(PoolLimits::default());
-        let fairness = Fairness::start(Monotonic::default(), CancellationToken::new());
         let world = Self {
-            engine: Engine::new(snapshot.clone(), destinations.clone(), pool, fairness),
+            engine: Engine::new(snapshot.clone(), destinations.clone(), pool),
             quotas: Quotas::new(limits),
             telemetry: Telemetry::new(),
             snapshot,
