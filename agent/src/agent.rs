@@ -26,7 +26,7 @@ use crate::capture::{
 };
 use crate::cli::CONTROL_SOCKET;
 use crate::discovery::files::{FileSource, FileSourceError, FileSourceOptions};
-use crate::fairness::{self, Fairness, Monotonic, Payer, QuotaLimits, Quotas};
+use crate::fairness::{self, Fairness, Monotonic, Payer, QuotaLimits, Quotas, Turns};
 use crate::handover::{Giver, HandoverError};
 use crate::http::{HttpCounters, UpstreamPool};
 use crate::identity::{
@@ -38,6 +38,7 @@ use crate::outbound::{Clock, Destinations, Outbound, OutboundParts};
 use crate::resilience::BreakerBook;
 use crate::telemetry::{Labelled, Logging, Telemetry, housekeep};
 use crate::tunnel::{Pool, PoolOptions};
+use crate::workers::{WorkerId, Workers};
 
 mod succession;
 
@@ -145,9 +146,19 @@ pub enum AgentError {
 struct Dispatch {
     outbound: Arc<Outbound>,
     inbound: Arc<Inbound>,
-    fairness: Arc<Fairness>,
+    /// Of each worker.
+    fairness: Arc<[Arc<Fairness>]>,
     /// Set right after capture was started, before it knows of any pod.
     capture: OnceLock<Weak<Capture>>,
+}
+
+impl Dispatch {
+    /// Has a task take turns with those of the other pods on this worker.
+    fn turns<F>(&self, payer: Payer, task: F) -> Turns<F> {
+        // Connections are handled on workers; what is not counts with the first.
+        let here = WorkerId::current().map_or(0, WorkerId::index);
+        self.fairness[here].turns(payer, task)
+    }
 }
 
 impl Handler for Dispatch {
@@ -164,7 +175,7 @@ impl Handler for Dispatch {
             Role::Outbound => {
                 let outbound = self.outbound.clone();
                 let capture = self.capture.get().and_then(Weak::upgrade);
-                Box::pin(self.fairness.turns(payer, async move {
+                Box::pin(self.turns(payer, async move {
                     if let Some(capture) = capture {
                         outbound.serve(accepted, capture).await;
                     }
@@ -172,26 +183,29 @@ impl Handler for Dispatch {
             }
             Role::Inbound => {
                 let inbound = self.inbound.clone();
-                Box::pin(self.fairness.turns(payer, async move {
+                Box::pin(self.turns(payer, async move {
                     inbound.serve_plaintext(accepted).await;
                 }))
             }
             Role::Hbone => {
                 let tunnel = self.inbound.clone().serve_tunnel(accepted);
-                Box::pin(self.fairness.turns(payer, tunnel))
+                Box::pin(self.turns(payer, tunnel))
             }
         }
     }
 }
 
-/// Runs the agent until `stop`, then lets live connections end for a while.
+/// Runs the agent until `stop`, then lets live connections end for a while. The pods' connections are served by
+/// `workers`, all else on the runtime that this is called on.
 pub async fn run(
     options: AgentOptions,
     logging: &Logging,
+    workers: Arc<Workers>,
     stop: CancellationToken,
 ) -> Result<(), AgentError> {
     let telemetry = Telemetry::new();
     logging.report(&telemetry);
+    workers.report(&telemetry);
     let snapshot: SharedSnapshot =
         Arc::new(ArcSwap::from_pointee(Snapshot::new(MeshConfig::default())));
     let background = CancellationToken::new();
@@ -223,7 +237,13 @@ pub async fn run(
         None => None,
     };
 
-    let fairness = Fairness::start(Monotonic::default(), background.clone());
+    let fairness: Arc<[_]> = workers
+        .runtimes()
+        .map(|worker| {
+            let _on = worker.enter();
+            Fairness::start(Monotonic::default(), background.clone())
+        })
+        .collect();
     let pool = Pool::new(PoolOptions::default());
     let leaving = stop.child_token();
     let breakers = BreakerWatch::new();
@@ -275,11 +295,11 @@ pub async fn run(
     };
     let mut slots = Vec::new();
     let capture = match &mut taken {
-        None => Capture::start(capture, dispatch.clone())?,
+        None => Capture::start(capture, dispatch.clone(), workers)?,
         Some(taken) => {
             let handed = std::mem::take(&mut taken.listeners);
             slots.extend(handed.iter().map(|one| one.slot));
-            Capture::start_beside(capture, dispatch.clone(), handed)?
+            Capture::start_beside(capture, dispatch.clone(), workers, handed)?
         }
     };
     // Only this place sets it.
@@ -297,7 +317,10 @@ pub async fn run(
     telemetry.register_counter(
         "undermesh_fairness_parked",
         "Times that a task waited because its pod had used up its quantum while others were busy",
-        move || vec![Labelled::bare(fairness.parked())],
+        move || {
+            let each = fairness.iter().map(|fairness| fairness.parked());
+            vec![Labelled::bare(each.sum())]
+        },
     );
     telemetry.register_counter(
         "undermesh_pod_quota_events",

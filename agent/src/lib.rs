@@ -18,3 +18,4 @@ pub mod resilience;
 pub mod telemetry;
 pub mod tunnel;
 pub mod watchdog;
+pub mod workers;

@@ -18,8 +18,9 @@ use undermesh::mesh::TrustDomain;
 use undermesh::mesh::parse_duration;
 use undermesh::telemetry::{LogFormat, Logging};
 use undermesh::watchdog::Watchdog;
+use undermesh::workers::Workers;
 
-// Many threads free what others allocated: connections move between workers.
+// Threads free what others allocated: what the control plane makes, connections hold.
 #[global_allocator]
 static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
 
@@ -37,8 +38,8 @@ enum Command {
     Agent {
         #[command(flatten)]
         options: Box<AgentOptions>,
-        /// Threads that serve connections
-        #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u16).range(1..=256))]
+        /// Threads that serve connections. A connection stays on one of them
+        #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u16).range(1..=256))]
         workers: u16,
         #[command(flatten)]
         log: Log,
@@ -103,6 +104,9 @@ fn take_descriptors() {
     }
 }
 
+/// How long the workers may take to drop what they still do when the agent ends.
+const LAST_WORDS: Duration = Duration::from_secs(1);
+
 fn run(command: Command) -> anyhow::Result<()> {
     match command {
         Command::Agent {
@@ -112,19 +116,21 @@ fn run(command: Command) -> anyhow::Result<()> {
         } => {
             let logging = Logging::init(log.log_format)?;
             take_descriptors();
+            let workers = Workers::start(workers).context("cannot start the workers")?;
             let runtime = Builder::new_multi_thread()
-                .worker_threads(workers.into())
-                .thread_name("worker")
+                .worker_threads(1)
+                .thread_name("control")
                 .enable_all()
                 .build()
-                .context("cannot start the workers")?;
-            let _watchdog =
-                Watchdog::start(runtime.handle()).context("cannot start the watchdog")?;
+                .context("cannot start the control plane")?;
+            let watched = workers.runtimes().chain([runtime.handle()]);
+            let _watchdog = Watchdog::start(watched).context("cannot start the watchdog")?;
             let served = runtime.block_on(async {
                 let stop = stop_on_signal()?;
-                anyhow::Ok(agent::run(*options, &logging, stop).await?)
+                anyhow::Ok(agent::run(*options, &logging, workers.clone(), stop).await?)
             });
             // Tasks that still relay are dropped with their sockets, which resets them.
+            workers.stop(LAST_WORDS);
             runtime.shutdown_background();
             served
         }

@@ -2,15 +2,17 @@
 
 use std::future::Future;
 use std::io;
-use std::net::SocketAddr;
+use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
+use rustix::net::{SocketFlags, acceptfrom_with};
 use serde::Serialize;
 use socket2::SockRef;
 use thiserror::Error;
-use tokio::net::{TcpListener, TcpStream};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
 use tokio_util::sync::CancellationToken;
 
 use super::HBONE_PORT;
@@ -20,6 +22,8 @@ use super::kernel::{CAPTURE_MARK, ListenerKind};
 use super::pod::EnrolledPod;
 use super::probe::{self, ProbeDesk};
 use super::sockets::{self, Listener, PodAddresses, unmapped};
+use super::sys;
+use crate::workers::{Spread, Workers};
 
 /// How long accept(2) rests when the process or the node has no descriptor or no memory left.
 const REST: Backoff = Backoff {
@@ -69,7 +73,7 @@ pub struct Accepted {
     /// What it is.
     pub role: Role,
     /// It ends with RST until [`close_in_order`](crate::relay::close_in_order).
-    pub stream: TcpStream,
+    pub stream: tokio::net::TcpStream,
     /// The client.
     pub peer: SocketAddr,
     /// The original destination.
@@ -78,7 +82,8 @@ pub struct Accepted {
 
 /// What the proxy does with captured connections.
 pub trait Handler: Send + Sync + 'static {
-    /// Takes a connection. It is dropped when the pod is gone and it has not ended of itself.
+    /// Takes a connection, on the worker that is to serve it. It is dropped when the pod is gone and it has not ended
+    /// of itself.
     fn handle(&self, accepted: Accepted) -> Pin<Box<dyn Future<Output = ()> + Send>>;
 }
 
@@ -129,6 +134,8 @@ pub(super) struct Acceptor {
     pub pod: Arc<EnrolledPod>,
     pub handler: Arc<dyn Handler>,
     pub counters: Arc<Counters>,
+    /// Who serve what is accepted.
+    pub workers: Arc<Workers>,
     /// Where probe connections are reported.
     pub probes: Arc<ProbeDesk>,
     /// Cancelled once the loops may accept; until then connections wait in their queues.
@@ -138,36 +145,42 @@ pub(super) struct Acceptor {
 }
 
 impl Acceptor {
-    /// Starts the loop of one listener. Fails where the runtime cannot serve the socket.
-    /// The socket is closed when the loop has ended.
+    /// Starts the loop of one listener, on one of the workers. Fails where its runtime cannot serve the
+    /// socket, which is closed when the loop has ended.
     pub fn start(
         &self,
         listener: Listener,
     ) -> io::Result<(tokio::task::JoinHandle<()>, Arc<TcpListener>)> {
         let role = listener.kind.into();
-        let listener = Arc::new(TcpListener::from_std(listener.socket)?);
-        self.pod.watch_backlog(role, &listener);
-        let socket = listener.clone();
+        let socket = Arc::new(listener.socket);
+        let spread = self.workers.spread();
+        let home = spread.home().clone();
+        let listener = {
+            let _home = home.enter();
+            sys::watch_listener(socket.clone())?
+        };
+        self.pod.watch_backlog(role, &socket);
         let acceptor = self.clone();
-        let running = tokio::spawn(async move {
+        let running = home.spawn(async move {
             tokio::select! {
                 () = acceptor.stop.cancelled() => {}
                 () = async {
                     acceptor.accepting.cancelled().await;
-                    acceptor.serve(&listener, role).await;
+                    acceptor.serve(&listener, role, &spread).await;
                 } => {}
             }
         });
         Ok((running, socket))
     }
 
-    async fn serve(&self, listener: &TcpListener, role: Role) {
+    async fn serve(&self, listener: &AsyncFd<Arc<TcpListener>>, role: Role, spread: &Spread) {
         let mut failures = 0_u32;
         loop {
-            match listener.accept().await {
+            let accepted = listener.async_io(Interest::READABLE, |socket| accept(socket));
+            match accepted.await {
                 Ok((stream, peer)) => {
                     failures = 0;
-                    self.admit(stream, unmapped(peer), role);
+                    self.admit(stream, unmapped(peer), role, spread);
                 }
                 // The connection ended while it waited, or an error of the network is reported
                 // here (accept(2)): the next may be sound.
@@ -189,7 +202,7 @@ impl Acceptor {
     }
 
     /// Checks a connection and hands it over. Whatever is dropped here is reset.
-    fn admit(&self, stream: TcpStream, peer: SocketAddr, role: Role) {
+    fn admit(&self, stream: TcpStream, peer: SocketAddr, role: Role, spread: &Spread) {
         let Ok((local, mark)) = read(&stream) else {
             self.counters.count(Event::EndedBeforeAccept);
             return;
@@ -221,21 +234,39 @@ impl Acceptor {
         // A tunnel is no connection of the pod's, only those inside it are: one that idles in a
         // peer's pool must not hold up a drain.
         let tracked = (role != Role::Hbone).then(|| pod.track());
-        let handled = self.handler.handle(Accepted {
-            pod: pod.clone(),
-            role,
-            stream,
-            peer,
-            local,
-        });
-        tokio::spawn(async move {
-            tokio::select! {
-                () = handled => {}
-                () = pod.cut().cancelled() => {}
+        let (handler, counters) = (self.handler.clone(), self.counters.clone());
+        spread.spawn(async move {
+            // Only now, so that the reactor of its worker and no other knows it.
+            match tokio::net::TcpStream::from_std(stream) {
+                Ok(stream) => {
+                    let accepted = Accepted {
+                        pod: pod.clone(),
+                        role,
+                        stream,
+                        peer,
+                        local,
+                    };
+                    tokio::select! {
+                        () = handler.handle(accepted) => {}
+                        () = pod.cut().cancelled() => {}
+                    }
+                }
+                Err(error) => {
+                    counters.count(Event::Unregistered);
+                    tracing::debug!(pod = %pod.workload().name, %error, "reset");
+                }
             }
             drop((slot, tuple, tracked));
         });
     }
+}
+
+/// accept4(2): closed on exec, and not blocking.
+fn accept(listener: &TcpListener) -> io::Result<(TcpStream, SocketAddr)> {
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let (stream, peer) = acceptfrom_with(listener, flags)?;
+    let peer = peer.ok_or(io::ErrorKind::NotConnected)?;
+    Ok((stream.into(), SocketAddr::try_from(peer)?))
 }
 
 fn read(stream: &TcpStream) -> io::Result<(SocketAddr, u32)> {

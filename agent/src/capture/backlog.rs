@@ -1,11 +1,11 @@
 //! The queues of connections that wait to be accepted at the agent's listeners in a pod.
 
+use std::net::TcpListener;
 use std::os::fd::AsFd as _;
 use std::sync::{Arc, Weak};
 
 use parking_lot::Mutex;
 use serde::Serialize;
-use tokio::net::TcpListener;
 
 use super::accept::Role;
 use super::sys;
@@ -77,7 +77,7 @@ mod tests {
             .bind(&SocketAddr::from((Ipv4Addr::LOCALHOST, 0)).into())
             .unwrap();
         socket.listen(2).unwrap();
-        let listener = Arc::new(TcpListener::from_std(socket.into()).unwrap());
+        let listener = Arc::new(TcpListener::from(socket));
         let backlogs = Backlogs::default();
         backlogs.watch(Role::Inbound, &listener);
         let empty = Backlog {

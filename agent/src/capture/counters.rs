@@ -17,6 +17,8 @@ pub enum Event {
     MemoryShort,
     /// Reset: its addresses could not be read, because it had ended already.
     EndedBeforeAccept,
+    /// Reset: its worker could not watch it, for want of memory.
+    Unregistered,
     /// accept(2) failed for want of descriptors or memory; the loop waited.
     AcceptBackoff,
     /// A delivery took another source port, because the first was in use.
@@ -37,13 +39,14 @@ pub enum Event {
     StrayProbe,
 }
 
-const NAMES: [(Event, &str); 15] = [
+const NAMES: [(Event, &str); 16] = [
     (Event::Accepted, "accepted"),
     (Event::RoleMismatch, "role_mismatch"),
     (Event::PodFull, "pod_full"),
     (Event::NodeFull, "node_full"),
     (Event::MemoryShort, "memory_short"),
     (Event::EndedBeforeAccept, "ended_before_accept"),
+    (Event::Unregistered, "unregistered"),
     (Event::AcceptBackoff, "accept_backoff"),
     (Event::DeliveryPortInUse, "delivery_port_in_use"),
     (Event::DeliveryUnanswered, "delivery_unanswered"),

@@ -28,6 +28,7 @@ use super::shelf::Shelf;
 use super::sockets::{Listener, PodAddresses};
 use super::sysctl::{self, SysctlError};
 use crate::mesh::{Mode, Workload};
+use crate::workers::Workers;
 
 const KINDS: [ListenerKind; 3] = [
     ListenerKind::Outbound,
@@ -95,6 +96,8 @@ pub(super) struct Tools {
     /// For the sockets of connections, which must not wait for enrolments.
     pub sockets: NetnsWorker,
     pub handler: Arc<dyn Handler>,
+    /// Who serve the pods' connections.
+    pub workers: Arc<Workers>,
     /// What the pods share of the process's descriptors.
     pub share: Arc<NodeShare>,
     pub counters: Arc<Counters>,
@@ -191,6 +194,7 @@ impl Enrolment {
             pod,
             handler: tools.handler.clone(),
             counters: tools.counters.clone(),
+            workers: tools.workers.clone(),
             probes,
             accepting: tools.shelf.accepting(),
             stop: enrolment.stop.clone(),

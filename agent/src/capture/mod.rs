@@ -18,6 +18,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::mesh::{Snapshot, WorkloadUid};
+use crate::workers::Workers;
 
 mod accept;
 mod addresses;
@@ -110,18 +111,19 @@ pub struct Capture {
 }
 
 impl Capture {
-    /// Loads or adopts what the kernel holds and follows [`Capture::apply`] from then on. To be
-    /// called on the runtime that is to serve the pods' sockets.
+    /// Loads or adopts what the kernel holds and follows [`Capture::apply`] from then on. To be called on a tokio
+    /// runtime; the pods' connections are served by `workers`.
     pub fn start(
         options: CaptureOptions,
         handler: Arc<dyn Handler>,
+        workers: Arc<Workers>,
     ) -> Result<Arc<Self>, CaptureError> {
         let kernel = Kernel::load(&options.kernel)?;
         let shelf = match kernel.is_staged() {
             true => Shelf::after(Vec::new()),
             false => Shelf::first(),
         };
-        Self::start_with(options, handler, kernel, shelf)
+        Self::start_with(options, handler, workers, kernel, shelf)
     }
 
     /// The same beside an agent that still accepts at these listeners, and rests otherwise. Pods
@@ -130,15 +132,17 @@ impl Capture {
     pub fn start_beside(
         options: CaptureOptions,
         handler: Arc<dyn Handler>,
+        workers: Arc<Workers>,
         handed: Vec<Handed>,
     ) -> Result<Arc<Self>, CaptureError> {
         let kernel = Kernel::load_beside(&options.kernel)?;
-        Self::start_with(options, handler, kernel, Shelf::after(handed))
+        Self::start_with(options, handler, workers, kernel, Shelf::after(handed))
     }
 
     fn start_with(
         options: CaptureOptions,
         handler: Arc<dyn Handler>,
+        workers: Arc<Workers>,
         kernel: Kernel,
         shelf: Shelf,
     ) -> Result<Arc<Self>, CaptureError> {
@@ -149,6 +153,7 @@ impl Capture {
             worker: NetnsWorker::start("netns-enrol")?,
             sockets: NetnsWorker::start("netns-sockets")?,
             handler,
+            workers,
             share: NodeShare::new(share::descriptors()),
             counters: Arc::new(Counters::default()),
         });

@@ -1,12 +1,17 @@
 //! The system calls that no crate offers: `bpf(2)` on links, and the cookie of a socket's network
-//! namespace. The only unsafe code of the agent.
+//! namespace; and what a crate leaves to its caller's word. The only unsafe code of the agent.
 #![allow(unsafe_code)]
 
 use std::ffi::CString;
 use std::io;
+use std::net::TcpListener;
 use std::os::fd::{AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::Path;
+use std::sync::Arc;
+
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
 
 /// Commands of `bpf(2)`: `enum bpf_cmd` of include/uapi/linux/bpf.h.
 #[repr(i32)]
@@ -275,6 +280,15 @@ pub(super) fn listen_queue(socket: BorrowedFd<'_>) -> io::Result<ListenQueue> {
         room: info.sacked,
         dropped: memory[DROPS],
     })
+}
+
+/// Has the runtime that this is called on tell when there is a connection to accept. The listener must not
+/// block.
+pub(super) fn watch_listener(listener: Arc<TcpListener>) -> io::Result<AsyncFd<Arc<TcpListener>>> {
+    // SAFETY: the listener owns its descriptor and is never asked for another; it is in an `Arc` that is dropped
+    // after the registration, so it is open for as long as that lasts.
+    let watched = unsafe { AsyncFd::register_with_interest(listener, Interest::READABLE) };
+    watched.map_err(io::Error::from)
 }
 
 /// `SO_MEMINFO` of include/uapi/asm-generic/socket.h.

@@ -17,6 +17,7 @@ use super::h2;
 use super::places::Places;
 use super::server::Wire;
 use super::upstreams::{Connected, Cut, Upstreams};
+use crate::workers::WorkerId;
 
 /// How a connection gets to its endpoint.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
@@ -41,9 +42,11 @@ pub struct UpstreamKey {
     pub protocol: Wire,
     /// How it gets there.
     pub way: Way,
+    /// Where the connection is driven, and where everybody has to be who uses it.
+    pub worker: Option<WorkerId>,
 }
 
-/// Bounds of a pool. Each holds on the node of the client.
+/// Bounds of a pool. Each holds on the node of the client; those of one pod and one endpoint for each worker.
 #[derive(Debug, Clone)]
 pub struct PoolLimits {
     /// How long a HTTP/1 connection is kept without a request. Default 4 s: below the 5 s after
@@ -124,6 +127,8 @@ pub struct PoolStatus {
     pub protocol: Wire,
     /// How it gets there.
     pub way: Way,
+    /// The worker that it is on.
+    pub worker: Option<WorkerId>,
     /// Idle HTTP/1 connections.
     pub idle: usize,
     /// HTTP/2 connections.
@@ -175,7 +180,7 @@ impl UpstreamPool {
         self.upstreams(key).get(terms, connect).await
     }
 
-    /// The connections of a key.
+    /// The connections of a key, to be asked for on the runtime that is to serve them.
     #[must_use]
     pub fn upstreams(&self, key: &UpstreamKey) -> Arc<Upstreams> {
         let mut shard = self.shard(key).lock();

@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 
 use parking_lot::Mutex;
+use tokio::runtime::Handle;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
@@ -50,6 +51,8 @@ impl<IO: Into<HttpIo>> From<IO> for Connected {
 pub struct Upstreams {
     limits: PoolLimits,
     protocol: Wire,
+    /// Where its connections live, and end.
+    runtime: Handle,
     state: Mutex<State>,
     totals: Arc<Totals>,
     /// Set when the source or the endpoint is gone: what comes back is closed.
@@ -79,7 +82,7 @@ impl std::fmt::Debug for Upstreams {
 
 impl Upstreams {
     /// Connections of one owner, outside any pool: nobody looks after idle ones, so that they live
-    /// as long as their owner or their peer likes.
+    /// as long as their owner or their peer likes. To be called on the runtime that is to serve them.
     #[must_use]
     pub fn new(protocol: Wire, limits: PoolLimits) -> Arc<Self> {
         Self::counted(protocol, limits, Arc::default())
@@ -89,6 +92,7 @@ impl Upstreams {
         Arc::new(Self {
             limits,
             protocol,
+            runtime: Handle::current(),
             state: Mutex::default(),
             totals,
             closed: AtomicBool::new(false),
@@ -177,7 +181,8 @@ impl Upstreams {
         if connection.condition() == Condition::Free {
             let unwanted = places.offer_first(self, (connection, self.clone()).into());
             if let Err(Lease(Kind::H1 { connection, .. })) = unwanted {
-                fairness::spawn(connection.close());
+                // Who asks may be on another worker.
+                self.runtime.spawn(connection.close());
             }
         }
         true
@@ -401,7 +406,7 @@ impl Upstreams {
             .fetch_sub(state.idle.len(), Ordering::Relaxed);
         for connection in state.idle {
             match cut {
-                Cut::InOrder => drop(fairness::spawn(connection.close())),
+                Cut::InOrder => drop(self.runtime.spawn(connection.close())),
                 Cut::AtOnce => drop(connection),
             }
         }
@@ -445,7 +450,7 @@ impl Upstreams {
             .fetch_sub(expired.len() + dead.len(), Ordering::Relaxed);
         for connection in expired {
             count(&self.totals.expired);
-            fairness::spawn(connection.close());
+            self.runtime.spawn(connection.close());
         }
     }
 
@@ -462,6 +467,7 @@ impl Upstreams {
             endpoint: key.endpoint,
             protocol: key.protocol,
             way: key.way,
+            worker: key.worker,
             idle: state.idle.len(),
             multiplexed: state.multiplexed.len(),
             streams: streams.sum(),

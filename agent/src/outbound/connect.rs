@@ -17,6 +17,7 @@ use crate::mesh::{ObjectName, Snapshot, SpiffeId, Workload, authorize};
 use crate::resilience::{Outcome, Unsent};
 use crate::telemetry::{FailureReason, Party, Security, error_chain};
 use crate::tunnel::{self, ConnectRequest, Pool, TunnelError, TunnelKey, Tunnelled};
+use crate::workers::WorkerId;
 
 /// How long a connection waits for its identity's first certificate, as right after enrolment.
 const FIRST_CERTIFICATE: Duration = Duration::from_secs(5);
@@ -211,6 +212,7 @@ impl Dialer {
             source: client.identity.clone(),
             destinations: Arc::new(BTreeSet::from([identity])),
             address: SocketAddr::new(request.authority.ip(), tunnel::HBONE_PORT),
+            worker: WorkerId::current(),
         };
         let dial = || async {
             match timeout(limit, pod.connect(Dial::Direct(key.address))).await {

@@ -22,9 +22,10 @@ use super::stream::{TunnelReceive, TunnelSend};
 use crate::fairness;
 use crate::identity::WorkloadCertificate;
 use crate::mesh::SpiffeId;
+use crate::workers::WorkerId;
 
-/// Who talks to whom, and where. Two pods never share a tunnel, since its source address is the
-/// pod's.
+/// Who talks to whom, where, and on which worker. Two pods never share a tunnel, since its source address is the
+/// pod's; two workers do not, so that a tunnel and its streams are always on one.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct TunnelKey {
     /// The source pod's network namespace.
@@ -35,6 +36,8 @@ pub struct TunnelKey {
     pub destinations: Arc<BTreeSet<SpiffeId>>,
     /// The peer's address, port 15008.
     pub address: SocketAddr,
+    /// Where the tunnel is driven, and where everybody has to be who uses it.
+    pub worker: Option<WorkerId>,
 }
 
 /// Bounds of the pool.
@@ -44,7 +47,7 @@ pub struct PoolOptions {
     pub streams_per_tunnel: usize,
     /// Tunnels per key. When all are full, new connections fail as
     /// [`TunnelError::Saturated`]. Default 164: with 100 streams each, as many as one pod may have
-    /// connections (16,384), so that all of them may go to one other pod.
+    /// connections (16,384), so that all of them may go to one other pod, were they on one worker.
     pub tunnels_per_key: usize,
     /// Tunnels in all. At the bound the one that is idle for longest is closed to make room; if
     /// none is idle, new ones fail as [`TunnelError::Saturated`]. Default 16,384.

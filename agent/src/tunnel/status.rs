@@ -8,6 +8,7 @@ use serde::Serialize;
 use super::client::Tunnel;
 use super::pool::TunnelKey;
 use crate::mesh::SpiffeId;
+use crate::workers::WorkerId;
 
 /// A tunnel, for those who look.
 #[derive(Debug, Clone, Serialize)]
@@ -31,6 +32,8 @@ pub struct TunnelStatus {
     pub stalled: usize,
     /// Whether it takes no new streams and ends with its last.
     pub retired: bool,
+    /// The worker that drives it.
+    pub worker: Option<WorkerId>,
 }
 
 impl TunnelStatus {
@@ -45,6 +48,7 @@ impl TunnelStatus {
             streams: tunnel.streams(),
             stalled: tunnel.stalled(),
             retired: tunnel.is_retired(),
+            worker: key.worker,
         }
     }
 }

@@ -21,6 +21,7 @@ use crate::mesh::{
     Endpoint, Membership, MeshConfig, Mode, ObjectName, Sandbox, Service, ServicePort, Snapshot,
     SpiffeId, TrustDomain, Workload, WorkloadUid,
 };
+use crate::workers::Workers;
 
 /// Long enough for a busy machine; nothing waits for as long unless it fails.
 pub const LIMIT: Duration = Duration::from_secs(20);
@@ -337,7 +338,12 @@ impl World {
             probe_cgroups: Vec::new(),
         };
         Running {
-            capture: Capture::start(options, Arc::new(Forward(sender))).unwrap(),
+            capture: Capture::start(
+                options,
+                Arc::new(Forward(sender)),
+                Workers::start(2).unwrap(),
+            )
+            .unwrap(),
             accepted,
         }
     }

@@ -103,6 +103,7 @@ fn key(endpoint: SocketAddr, protocol: Wire) -> UpstreamKey {
         endpoint,
         protocol,
         way: Way::SameNode,
+        worker: None,
     }
 }
 

@@ -29,6 +29,7 @@ use crate::resilience::fallback::Trouble;
 use crate::resilience::retry::{Decision, Facts, Nature, Stop};
 use crate::resilience::{Outcome, Retries, RetryBudget, Timestamp};
 use crate::telemetry::{AttemptView, FailureReason, RequestEvent};
+use crate::workers::WorkerId;
 
 /// The answer that the client gets.
 pub(super) struct Answered {
@@ -260,6 +261,7 @@ pub(super) async fn lease<N: Network>(
             _ => Wire::Http1,
         },
         way: kind_of(way),
+        worker: WorkerId::current(),
     };
     let connect = || async {
         let connected = client.network.open(way, leg.service.as_ref(), limit).await;

@@ -229,6 +229,7 @@ fn key(destinations: &[&str]) -> TunnelKey {
         source: id(CLIENT),
         destinations: Arc::new(destinations.iter().map(|d| id(d)).collect::<BTreeSet<_>>()),
         address: POD.parse().unwrap(),
+        worker: None,
     }
 }
 
