@@ -5,6 +5,7 @@ use http_body_util::BodyExt;
 
 use super::*;
 use crate::resilience::retry;
+use crate::workers::{WorkerId, Workers};
 
 const OK: &str = "HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok";
 
@@ -43,6 +44,39 @@ async fn pods_never_share_a_connection() {
     }
     assert_eq!(upstream.connections(), 2);
     assert_eq!(pool.counters().reused, 2);
+}
+
+#[tokio::test]
+async fn workers_never_share_a_connection_and_keep_one_limit_together() {
+    let upstream = Upstream::answering(OK).await;
+    let endpoint = upstream.address;
+    let pool = UpstreamPool::new(PoolLimits::default());
+    let workers = Workers::start(2).unwrap();
+    let places = Places::new(1, 1);
+    let both: Vec<_> = workers.runtimes().collect();
+    for (round, worker) in [0, 1, 1, 0].into_iter().enumerate() {
+        let (pool, limit) = (pool.clone(), places.clone());
+        let asked = both[worker].spawn(async move {
+            let key = UpstreamKey {
+                worker: WorkerId::current(),
+                ..key(endpoint, Wire::Http1)
+            };
+            let terms = Terms {
+                places: Some(limit),
+                ..Terms::default()
+            };
+            let lease = pool.get(&key, &terms, || dial(endpoint)).await.unwrap();
+            let reused = lease.is_reused();
+            let answer = lease.send(get()).await.unwrap();
+            answer.into_body().collect().await.unwrap();
+            reused
+        });
+        // What idles on the other worker is closed to make room, by that worker.
+        let reused = timeout(FAR, asked).await.unwrap().unwrap();
+        assert_eq!(reused, round == 2);
+        assert_eq!(places.taken(), 1);
+    }
+    assert_eq!(upstream.connections(), 3);
 }
 
 #[tokio::test]
