@@ -21,6 +21,7 @@
 //! goes away when the [`Lab`] is dropped. Nothing is made in the machine's own network namespace.
 
 pub mod apps;
+pub mod cells;
 pub mod cgroup;
 pub mod connects;
 pub mod envoy;

@@ -37,9 +37,13 @@ pub enum Event {
     LeftoverRemoved,
     /// A connection to the probe's destination that was not the probe's; reset.
     StrayProbe,
+    /// A cgroup that was to probe was found to hold pods.
+    ProbeCgroupRefused,
+    /// A pod was found to forward what others send, which is not enforced.
+    ForwardingFound,
 }
 
-const NAMES: [(Event, &str); 16] = [
+const NAMES: [(Event, &str); 18] = [
     (Event::Accepted, "accepted"),
     (Event::RoleMismatch, "role_mismatch"),
     (Event::PodFull, "pod_full"),
@@ -56,6 +60,8 @@ const NAMES: [(Event, &str); 16] = [
     (Event::ProbeFailed, "probe_failed"),
     (Event::LeftoverRemoved, "leftover_removed"),
     (Event::StrayProbe, "stray_probe"),
+    (Event::ProbeCgroupRefused, "probe_cgroup_refused"),
+    (Event::ForwardingFound, "forwarding_found"),
 ];
 
 /// The counters.

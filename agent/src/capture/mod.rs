@@ -26,6 +26,7 @@ mod backlog;
 mod backoff;
 mod counters;
 mod enrol;
+mod forwarding;
 pub mod kernel;
 mod memory;
 pub mod metrics;
@@ -51,6 +52,7 @@ mod tests;
 pub use accept::{Accepted, Handler, Role};
 pub use backlog::Backlog;
 pub use enrol::EnrolError;
+pub use forwarding::Forwards;
 pub use kernel::{HBONE_PORT, Kernel, KernelError, KernelOptions};
 pub use memory::{MemoryStatus, MemoryUse};
 pub use native::{NativeSample, NativeView};
@@ -65,6 +67,7 @@ pub use status::{Guarantee, Moment, Phase, PodStatus, Proven};
 use counters::Counters;
 use enrol::{Tools, on_kernel};
 use netns::NetnsWorker;
+use probers::Probers;
 use reconcile::Reconciler;
 use registry::Registry;
 use share::NodeShare;
@@ -81,7 +84,8 @@ pub struct CaptureOptions {
     /// Where programs are attached and pinned.
     pub kernel: KernelOptions,
     /// Directories of cgroups that may probe the pods, also of such as are not there yet; at most
-    /// 64.
+    /// 64. They take the place of those that a former agent had, at a take-over once that accepts
+    /// no more.
     pub probe_cgroups: Vec<PathBuf>,
 }
 
@@ -180,7 +184,14 @@ impl Capture {
             stop_pods: capture.stop_pods.clone(),
             stop: capture.stop.clone(),
         };
-        probers::look(capture.kernel(), &options.probe_cgroups)?;
+        let probers = Probers {
+            tools: capture.tools.clone(),
+            directories: options.probe_cgroups,
+            node: capture.node.clone(),
+            snapshots: capture.wanted.subscribe(),
+            stop: capture.stop.clone(),
+        };
+        probers.first_look()?;
         capture.tasks.spawn(reconciler.run());
         capture.tasks.spawn(memory::follow(
             capture.tools.share.clone(),
@@ -191,11 +202,7 @@ impl Capture {
             capture.tools.kernel.clone(),
             capture.stop.clone(),
         ));
-        capture.tasks.spawn(probers::follow(
-            capture.tools.kernel.clone(),
-            options.probe_cgroups,
-            capture.stop.clone(),
-        ));
+        capture.tasks.spawn(probers.follow());
         Ok(capture)
     }
 

@@ -83,6 +83,8 @@ pub struct PodStatus {
     pub failures: u32,
     /// How many rules, routes, settings and programs verification had to put back.
     pub repaired: u64,
+    /// What says that it may forward what others send: that is not enforced, whatever its mode.
+    pub forwarded_traffic_not_enforced: Option<String>,
     /// Live connections.
     pub connections: usize,
     /// How many found no room, by the reason, where that happened.
@@ -116,6 +118,7 @@ impl PodStatus {
             attempts: 0,
             failures: 0,
             repaired: 0,
+            forwarded_traffic_not_enforced: None,
             connections: 0,
             refused: BTreeMap::new(),
             backlogs: Vec::new(),

@@ -161,6 +161,7 @@ impl PodTask {
             return Ok(Followed::NeedsNewEnrolment);
         }
         let repaired = enrolment.repair(&self.tools).await?;
+        self.show_forwarding(enrolment);
         if repaired > 0 {
             tracing::warn!(pod = %workload.name, repaired, "capture was incomplete and is repaired");
             self.slot.status.lock().repaired += repaired as u64;
@@ -235,9 +236,15 @@ impl PodTask {
         self.tools.shelf.alone().await;
         let proof = now.enrolment.prove(&self.tools).await?;
         now.proven = true;
+        self.show_forwarding(&now.enrolment);
         self.proven(&now.enrolment, mode, proof);
         tracing::info!(pod = %workload.name, netns_cookie = netns.cookie(), "enrolled");
         Ok(())
+    }
+
+    fn show_forwarding(&self, enrolment: &Enrolment) {
+        let forwards = enrolment.forwards().map(ToString::to_string);
+        self.slot.status.lock().forwarded_traffic_not_enforced = forwards;
     }
 
     fn proven(&self, enrolment: &Enrolment, mode: Mode, proof: Vec<Proof>) {
@@ -260,7 +267,9 @@ impl PodTask {
             let mut status = self.slot.status.lock();
             status.failures = status.failures.saturating_add(1);
             let phase = match error {
-                EnrolError::Refused(_) | EnrolError::Netns(NetnsError::Host) => Phase::Refused,
+                EnrolError::Refused(_)
+                | EnrolError::Forwards(_)
+                | EnrolError::Netns(NetnsError::Host) => Phase::Refused,
                 _ => Phase::Failed,
             };
             let wait = RETRY.wait(status.failures, rand::random());
@@ -331,6 +340,7 @@ impl PodTask {
         let mut status = self.slot.status.lock();
         status.phase = Phase::Pending;
         status.proof = None;
+        status.forwarded_traffic_not_enforced = None;
         status.connections = 0;
         status.netns_cookie = None;
     }

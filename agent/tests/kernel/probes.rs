@@ -9,13 +9,16 @@ use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 
 use undermesh::capture::kernel::{
-    Family, Kernel, ListenerKind, PROBE_PORTS_PER_POD, ProbeCgroupState,
+    Family, Kernel, ListenerKind, PROBE_PORTS_PER_POD, ProbeCgroup, ProbeCgroupState,
 };
 use undermesh::mesh::Mode;
 
 use crate::fixture::{
     Fixture, LIMIT, POD_V4, POD_V6, accept, counters, is_idle, wait_for, wait_until,
 };
+
+/// None is known by its cgroup.
+const NO_PODS: BTreeSet<PathBuf> = BTreeSet::new();
 
 /// A cgroup below that of the test.
 struct Cgroup(PathBuf);
@@ -108,7 +111,7 @@ fn a_strict_pod_serves_the_probing_cgroup_on_a_declared_port_and_nothing_else() 
     fixture.enrol(&kernel, Mode::Strict);
     let kubelet = Cgroup::new(&fixture, "kubelet");
     let other = Cgroup::new(&fixture, "other");
-    let found = kernel.set_probe_cgroups(std::slice::from_ref(&kubelet.0));
+    let found = kernel.set_probe_cgroups(std::slice::from_ref(&kubelet.0), &NO_PODS);
     assert_eq!(found.unwrap()[0].state, ProbeCgroupState::Known);
     for (turn, pod) in [IpAddr::from(POD_V4), POD_V6.into()]
         .into_iter()
@@ -143,7 +146,7 @@ fn with_the_agent_listening_only_the_probe_passes_it_by() {
     let inbound = fixture.listen(&kernel, Family::V4, ListenerKind::Inbound);
     let kubelet = Cgroup::new(&fixture, "kubelet");
     kernel
-        .set_probe_cgroups(std::slice::from_ref(&kubelet.0))
+        .set_probe_cgroups(std::slice::from_ref(&kubelet.0), &NO_PODS)
         .unwrap();
     let app = fixture.pod.bind(POD_V4);
     let to = app.local_addr().unwrap();
@@ -170,7 +173,7 @@ fn what_runs_below_the_probing_cgroup_may_probe_and_a_cgroup_that_is_made_anew_i
         .join(format!("{}-kubelet", fixture.pod.name));
     let look = || {
         kernel
-            .set_probe_cgroups(std::slice::from_ref(&path))
+            .set_probe_cgroups(std::slice::from_ref(&path), &NO_PODS)
             .unwrap()[0]
             .clone()
     };
@@ -208,7 +211,7 @@ fn a_cgroup_that_holds_the_pods_or_is_none_is_not_taken() {
     let sibling = Cgroup(sibling);
     let plain = std::env::temp_dir();
     let found = kernel
-        .set_probe_cgroups(&[root, tree, sibling.0.clone(), plain])
+        .set_probe_cgroups(&[root, tree, sibling.0.clone(), plain], &NO_PODS)
         .unwrap();
     let states: Vec<_> = found.iter().map(|cgroup| cgroup.state).collect();
     assert_eq!(
@@ -221,6 +224,69 @@ fn a_cgroup_that_holds_the_pods_or_is_none_is_not_taken() {
         ]
     );
     assert_eq!(entries(&kernel, "PROBERS"), 0);
+}
+
+#[test]
+fn a_cgroup_with_a_pod_below_it_may_not_probe_by_whatever_the_pod_is_known() {
+    let fixture = Fixture::new();
+    let kernel = fixture.load();
+    fixture.enrol(&kernel, Mode::Strict);
+    let app = fixture.pod.bind(POD_V4);
+    let to = app.local_addr().unwrap();
+    declare(&fixture, &kernel, &[to.port()]);
+    let look = |path: &PathBuf, pods: &BTreeSet<PathBuf>| {
+        let found = kernel.set_probe_cgroups(std::slice::from_ref(path), pods);
+        found.unwrap().remove(0)
+    };
+    let is_refused_for = |found: &ProbeCgroup, why: &str| {
+        assert_eq!(found.state, ProbeCgroupState::HoldsPods, "{found:?}");
+        let reason = found.reason.as_deref().unwrap();
+        assert!(reason.contains(why), "{reason}");
+        assert_eq!(entries(&kernel, "PROBERS"), 0);
+        assert_eq!(kernel.status().probe_cgroups, std::slice::from_ref(found));
+    };
+
+    // By the cgroup that the model knows.
+    let slice = Cgroup::new(&fixture, "slice");
+    let pod = Cgroup(slice.0.join("pod"));
+    fs::create_dir(&pod.0).unwrap();
+    assert_eq!(look(&slice.0, &NO_PODS).state, ProbeCgroupState::Known);
+    is_refused_for(&look(&slice.0, &[pod.0.clone()].into()), "cgroup of a pod");
+    is_refused(slice.connect(&fixture, "", to));
+    // A pod that is gone makes no kubelet of it; another cgroup at its place may be one.
+    drop(pod);
+    is_refused_for(&look(&slice.0, &NO_PODS), "cgroup of a pod");
+    drop(slice);
+    let slice = Cgroup::new(&fixture, "slice");
+    assert_eq!(look(&slice.0, &NO_PODS).state, ProbeCgroupState::Known);
+
+    // By a process in an enrolled pod's network.
+    let pod = Cgroup(slice.0.join("pod"));
+    fs::create_dir(&pod.0).unwrap();
+    let script = format!(
+        "echo $$ > {}/cgroup.procs; exec ip netns exec {} cat",
+        pod.0.display(),
+        fixture.pod.name
+    );
+    let mut inmate = Command::new("bash")
+        .args(["-c", &script])
+        .stdin(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let found = || look(&slice.0, &NO_PODS);
+    wait_until("the process is seen", || {
+        found().state == ProbeCgroupState::HoldsPods
+    });
+    is_refused_for(&found(), "has the network of an enrolled pod");
+    drop(inmate.stdin.take());
+    inmate.wait().unwrap();
+    drop((pod, slice));
+
+    // By what kubelets call it.
+    let slice = Cgroup::new(&fixture, "slice");
+    let pods = Cgroup(slice.0.join("kubepods.slice"));
+    fs::create_dir(&pods.0).unwrap();
+    is_refused_for(&look(&slice.0, &NO_PODS), "kubepods.slice");
 }
 
 #[test]
@@ -257,7 +323,7 @@ fn probes_that_cannot_even_send_a_syn_leave_nothing_behind() {
     fixture.enrol(&kernel, Mode::Strict);
     let kubelet = Cgroup::new(&fixture, "kubelet");
     kernel
-        .set_probe_cgroups(std::slice::from_ref(&kubelet.0))
+        .set_probe_cgroups(std::slice::from_ref(&kubelet.0), &NO_PODS)
         .unwrap();
     declare(&fixture, &kernel, &[8080]);
     crate::fixture::run(&format!("ip -n {} link set eth0 down", fixture.peer.name));

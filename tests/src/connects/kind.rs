@@ -70,7 +70,7 @@ pub enum Kind {
     Many,
     /// Open at once.
     Concurrent,
-    /// Open at once, more than one pod may have: those beyond are reset and counted.
+    /// Open at once, more than the node has room for: those beyond are reset and counted.
     PastTheLimit,
 }
 

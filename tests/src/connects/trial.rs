@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use serde::Serialize;
 
 use super::client::ConnectReport;
@@ -31,9 +32,13 @@ const LOSE_SYNS: &str = "table inet lossy { chain out { type filter hook output 
     tcp dport 80 tcp flags & (syn|ack) == syn numgen inc mod 2 0 drop
     }
     }";
-/// Connections of one pod that are served at once, where a process may hold 20,000 descriptors.
+/// What a process may hold here. An agent may have half as many connections, less what it keeps for
+/// everything else.
+const DESCRIPTORS: u64 = 20_000;
+/// Connections of one pod that are served at once under that limit.
 const PROMISED: u64 = 9_000;
-const FULL: (&str, &str) = ("event", "pod_full");
+/// Why a connection finds no place: the pod has as many as any pod may have, or as the node has.
+const FULL: [(&str, &str); 2] = [("event", "pod_full"), ("event", "node_full")];
 
 /// How much is tried.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -74,6 +79,10 @@ pub fn run(
     kinds: &[Kind],
     mut report: impl FnMut(&KindResult),
 ) -> Result<Vec<KindResult>> {
+    // Whatever this machine allows, so that a pod's limit is where the trial expects it. Children inherit it.
+    let (_, most) = getrlimit(Resource::RLIMIT_NOFILE)?;
+    let limit = most.min(DESCRIPTORS);
+    setrlimit(Resource::RLIMIT_NOFILE, limit, limit)?;
     let mut builder = Lab::builder()
         .pod(PodSpec::new("client").on(Side::A).strict())
         .pod(PodSpec::new("far").on(Side::B).strict())
@@ -358,12 +367,13 @@ impl<'a> Trial<'a> {
         serde_json::from_str(&output).context(output)
     }
 
-    /// Connections that either agent refused because their pod had as many as it may have.
+    /// Connections that either agent refused because their pod or the node had as many as there may be.
     fn full(&self) -> Result<u64> {
         let mut sum = 0;
         for side in Side::ALL {
             let metrics = Metrics::parse(&self.lab.node(side)?.agent().metrics()?);
-            sum += metrics.count("undermesh_capture_events_total", &[FULL]);
+            let count = |reason| metrics.count("undermesh_capture_events_total", &[reason]);
+            sum += FULL.into_iter().map(count).sum::<u64>();
         }
         Ok(sum)
     }

@@ -58,6 +58,7 @@ pub struct PodSpec {
     labels: BTreeMap<String, String>,
     ports: Vec<(String, u16)>,
     probes: BTreeMap<String, Value>,
+    annotations: BTreeMap<String, String>,
     command: Vec<String>,
     v4_only: bool,
     unready: bool,
@@ -76,6 +77,7 @@ impl PodSpec {
             labels: [("app".to_owned(), name.to_owned())].into(),
             ports: Vec::new(),
             probes: BTreeMap::new(),
+            annotations: BTreeMap::new(),
             command: Vec::new(),
             v4_only: false,
             unready: false,
@@ -145,6 +147,13 @@ impl PodSpec {
         self
     }
 
+    /// With an annotation; one that the lab would set itself stays as it is given here.
+    #[must_use]
+    pub fn annotation(mut self, key: &str, value: &str) -> Self {
+        self.annotations.insert(key.to_owned(), value.to_owned());
+        self
+    }
+
     /// Runs this as soon as the lab stands.
     #[must_use]
     pub fn command(mut self, command: &[&str]) -> Self {
@@ -202,7 +211,10 @@ impl PodSpec {
         if let Some(side) = self.node {
             document["spec"]["nodeName"] = side.node().into();
         }
-        let mut annotations = serde_json::Map::new();
+        let own = self.annotations.iter();
+        let mut annotations: serde_json::Map<String, Value> = own
+            .map(|(key, value)| (key.clone(), value.clone().into()))
+            .collect();
         match self.mesh {
             Mesh::Strict => annotations.insert("undermesh.io/mode".into(), "Strict".into()),
             Mesh::Permissive => annotations.insert("undermesh.io/mode".into(), "Permissive".into()),

@@ -253,6 +253,11 @@ impl Lab {
         outcome
     }
 
+    /// Sends a signal to the agent of a node and waits for nothing.
+    pub fn signal_agent(&self, side: Side, signal: Signal) -> Result<()> {
+        self.node(side)?.agent().signal(signal)
+    }
+
     /// Lets the lab outlive this process, until [`Lab::remove`].
     pub fn keep(mut self) -> Result<LabState> {
         let state = self.state();

@@ -208,8 +208,10 @@ impl Plan {
             .entry("uid")
             .or_insert_with(|| format!("{}-{}-{index}", pod.key(), pod.node).into());
         let annotations = object(&mut document, &["metadata", "annotations"])?;
-        annotations.insert("undermesh.io/netns".into(), path(&pod.netns));
-        annotations.insert("undermesh.io/cgroup".into(), path(&pod.cgroup));
+        for (key, at) in [("netns", &pod.netns), ("cgroup", &pod.cgroup)] {
+            let key = format!("undermesh.io/{key}");
+            annotations.entry(key).or_insert_with(|| path(at));
+        }
         object(&mut document, &["spec"])?.insert("nodeName".into(), side.node().into());
         let status = object(&mut document, &["status"])?;
         let listed: Vec<Value> = pod.ips.iter().map(|ip| json!({"ip": ip})).collect();

@@ -1,6 +1,7 @@
 //! `cargo xtask scenario NAME`: what Undermesh does when something goes wrong, or somebody means it to.
 
 mod capture;
+mod cells;
 mod hostile;
 mod requests;
 mod restart;
@@ -26,6 +27,9 @@ pub struct Options {
 enum Scenario {
     /// Every kind of connect.
     Capture(File),
+    /// What the mesh does for pods that are not enrolled or forward, for destinations outside, and while an agent
+    /// hangs.
+    Cells(File),
     /// Attacks by a process in a pod.
     Hostile(File),
     /// An agent that ends, and comes back or has a successor, under a connect storm.
@@ -59,6 +63,7 @@ pub fn run(options: &Options) -> Result<ExitCode> {
     machine::require_root()?;
     match &options.scenario {
         Scenario::Capture(file) => shown("scenario capture", file, capture::run),
+        Scenario::Cells(file) => shown("scenario cells", file, cells::run),
         Scenario::Hostile(file) => shown("scenario hostile", file, hostile::run),
         Scenario::Restart { options, file } => {
             shown("scenario restart", file, || restart::run(options))

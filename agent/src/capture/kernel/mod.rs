@@ -5,11 +5,14 @@
 //! is pinned and outlives the agent, so that its failure mode holds without it.
 
 mod error;
+mod features;
+mod holds;
 mod maps;
 mod object;
 mod pins;
 mod probes;
 mod reach;
+mod record;
 mod staged;
 mod status;
 mod targets;
@@ -18,15 +21,16 @@ mod verdict_log;
 use std::collections::BTreeSet;
 use std::fs::File;
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 
 use parking_lot::Mutex;
-use undermesh_common::{Address, ListenerKey, PodConstants, Tuple};
+use undermesh_common::{Address, PodConstants, Tuple};
 
 pub use error::KernelError;
 pub use probes::{PROBE_PORTS_PER_POD, ProbeCgroup, ProbeCgroupState};
+pub use record::{ListenerSlot, PodRecord};
 pub use status::{
     AttachPoint, FeatureStatus, ForeignProgram, KernelStatus, MapStatus, ProgramStatus,
 };
@@ -41,7 +45,7 @@ use self::reach::Reach;
 use self::staged::Staged;
 use self::verdict_log::VerdictLog;
 use super::sys::{self, AttachType};
-use crate::mesh::{CaptureTarget, Mode};
+use crate::mesh::CaptureTarget;
 
 /// Where to attach and to pin.
 #[derive(Debug, Clone)]
@@ -51,30 +55,6 @@ pub struct KernelOptions {
     pub cgroup: PathBuf,
     /// Directory on a bpffs, made if absent. A directory of the layout's hash is made in it.
     pub pins: PathBuf,
-}
-
-/// An enrolled pod, as the kernel knows it.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct PodRecord {
-    /// Cookie of its network namespace (see [`netns_cookie`]).
-    pub netns_cookie: u64,
-    /// IPv4 address.
-    pub v4: Option<Ipv4Addr>,
-    /// IPv6 address.
-    pub v6: Option<Ipv6Addr>,
-    /// How it treats what the mesh cannot secure.
-    pub mode: Mode,
-}
-
-/// The place of one listener.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct ListenerSlot {
-    /// Cookie of the pod's network namespace.
-    pub netns_cookie: u64,
-    /// Family of the socket and of the packets.
-    pub family: Family,
-    /// What for.
-    pub kind: ListenerKind,
 }
 
 /// The kernel side of this node.
@@ -396,47 +376,6 @@ impl Drop for Registration<'_> {
     }
 }
 
-impl PodRecord {
-    fn to_kernel(&self) -> undermesh_common::Pod {
-        let mode = match self.mode {
-            Mode::Strict => undermesh_common::Mode::Strict,
-            Mode::Permissive => undermesh_common::Mode::Permissive,
-        };
-        undermesh_common::Pod::new(
-            self.v4.map_or(Address::NONE, Address::from),
-            self.v6.map_or(Address::NONE, Address::from),
-            mode,
-        )
-    }
-
-    fn from_kernel(netns_cookie: u64, pod: &undermesh_common::Pod) -> Self {
-        let v4 = match IpAddr::from(pod.v4) {
-            IpAddr::V4(ip) => Some(ip),
-            IpAddr::V6(_) => None,
-        };
-        let v6 = match IpAddr::from(pod.v6) {
-            IpAddr::V6(ip) if !ip.is_unspecified() => Some(ip),
-            _ => None,
-        };
-        let mode = match pod.mode() {
-            undermesh_common::Mode::Strict => Mode::Strict,
-            undermesh_common::Mode::Permissive => Mode::Permissive,
-        };
-        Self {
-            netns_cookie,
-            v4,
-            v6,
-            mode,
-        }
-    }
-}
-
-impl ListenerSlot {
-    fn key(&self) -> ListenerKey {
-        ListenerKey::new(self.netns_cookie, self.family, self.kind)
-    }
-}
-
 fn attach_to_cgroup(
     pins: &Pins,
     cgroup: &File,
@@ -482,21 +421,5 @@ mod tests {
     fn the_kernel_side_is_shared_between_threads() {
         fn shared<T: Send + Sync>() {}
         shared::<Kernel>();
-    }
-
-    #[test]
-    fn a_record_survives_the_way_through_the_kernel_form() {
-        for (v4, v6, mode) in [
-            (Some(Ipv4Addr::new(10, 0, 0, 2)), None, Mode::Strict),
-            (None, Some(Ipv6Addr::LOCALHOST), Mode::Permissive),
-        ] {
-            let record = PodRecord {
-                netns_cookie: 7,
-                v4,
-                v6,
-                mode,
-            };
-            assert_eq!(PodRecord::from_kernel(7, &record.to_kernel()), record);
-        }
     }
 }

@@ -12,7 +12,8 @@ use undermesh_common::PodConstants;
 use super::KernelError;
 use super::verdict_log::VerdictLog;
 
-static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/undermesh-ebpf"));
+pub(super) static OBJECT: &[u8] =
+    aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/undermesh-ebpf"));
 
 /// Maps that all programs share, and the names of their pins.
 const SHARED_MAPS: [(&str, &str); 13] = [

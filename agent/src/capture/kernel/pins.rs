@@ -101,8 +101,7 @@ impl Pins {
         // The new one first, so that there is always one.
         let link = sys::link(program, target.descriptor(), kind)?;
         if let Some((former, at)) = former {
-            // Its descriptor keeps it attached, unless it goes now.
-            drop(former);
+            take_off(former.as_fd())?;
             fs::remove_file(&at)?;
         }
         sys::pin(link.as_fd(), &path)
@@ -194,14 +193,17 @@ fn detach(path: &Path) -> Result<(), KernelError> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
         Err(error) => return Err(KernelError::file("open", path)(error)),
     };
-    match sys::detach_link(link.as_fd()) {
-        // What it was attached to is gone already.
-        Err(error) if error.raw_os_error() != Some(libc::ENOLINK) => {
-            return Err(KernelError::file("detach", path)(error));
-        }
-        _ => {}
-    }
+    take_off(link.as_fd()).map_err(KernelError::file("detach", path))?;
     fs::remove_file(path).map_err(KernelError::file("remove", path))
+}
+
+/// At once: closing and unpinning a link take its program off some time later.
+fn take_off(link: BorrowedFd<'_>) -> io::Result<()> {
+    match sys::detach_link(link) {
+        // What it was attached to is gone already.
+        Err(error) if error.raw_os_error() == Some(libc::ENOLINK) => Ok(()),
+        other => other,
+    }
 }
 
 fn is_layout(name: &str) -> bool {

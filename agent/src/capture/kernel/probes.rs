@@ -11,8 +11,9 @@ use parking_lot::Mutex;
 use serde::Serialize;
 use undermesh_common::{Target, bounds};
 
+use super::holds::{Sign, sign_of_pods};
 use super::maps::Table;
-use super::{Kernel, KernelError, PodRecord};
+use super::{Kernel, KernelError, PodRecord, lookup_pin};
 
 /// How many probe ports of one pod are admitted.
 pub const PROBE_PORTS_PER_POD: usize = bounds::PROBE_PORTS_PER_POD as usize;
@@ -34,6 +35,9 @@ pub struct ProbeCgroup {
     pub id: Option<u64>,
     /// Whether the kernel admits its probes.
     pub state: ProbeCgroupState,
+    /// What it was found to hold, where that is why it may not probe.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub reason: Option<String>,
 }
 
 /// How far a probing cgroup is known.
@@ -48,7 +52,8 @@ pub enum ProbeCgroupState {
     NotCgroup2,
     /// It is not below the cgroup that the programs are attached to: its connections are not seen.
     OutOfReach,
-    /// It is that cgroup, or above it, and so holds every pod.
+    /// A pod is in it or below it, or it cannot be told that none is. So it stays until the cgroup
+    /// is made anew: what held pods once is no kubelet's own.
     HoldsPods,
 }
 
@@ -125,18 +130,28 @@ impl Kernel {
         probes.remove(|_, owner| !known.contains(&owner))
     }
 
-    /// Makes the cgroups at these directories, and what is below them, those that may probe.
-    /// To be called again from time to time: a cgroup that appears, or is made anew, is found then.
-    /// Returns what is known of each. An error names the bound, `bounds::PROBERS`.
+    /// Makes the cgroups at these directories, and what is below them, those that may probe, but
+    /// none that holds pods; `pods` are the cgroups of those that the model knows, in the mesh or
+    /// not. To be called again from time to time: a cgroup that appears, or is made anew, or gets a
+    /// pod, is found then. Returns what is known of each. An error names the bound,
+    /// `bounds::PROBERS`.
     pub fn set_probe_cgroups(
         &self,
         directories: &[PathBuf],
+        pods: &BTreeSet<PathBuf>,
     ) -> Result<Vec<ProbeCgroup>, KernelError> {
         let probes = &self.maps.probes;
         let mut seen = probes.seen.lock();
         let found: Vec<_> = directories
             .iter()
-            .map(|path| look(path, &self.options.cgroup))
+            .map(|path| {
+                let now = self.look(path, pods);
+                let held_pods = seen.iter().find(|former| {
+                    former.state == ProbeCgroupState::HoldsPods
+                        && (&former.path, former.id) == (&now.path, now.id)
+                });
+                held_pods.cloned().unwrap_or(now)
+            })
             .collect();
         let wanted: BTreeSet<u64> = found
             .iter()
@@ -154,32 +169,51 @@ impl Kernel {
         seen.clone_from(&found);
         Ok(found)
     }
-}
 
-fn look(path: &Path, attached: &Path) -> ProbeCgroup {
-    let (id, state) = match state(path, attached) {
-        Ok((id, state)) => (Some(id), state),
-        Err(_) => (None, ProbeCgroupState::Absent),
-    };
-    ProbeCgroup {
-        path: path.to_owned(),
-        id,
-        state,
+    fn look(&self, path: &Path, pods: &BTreeSet<PathBuf>) -> ProbeCgroup {
+        let (id, state, sign) = match self.state(path, pods) {
+            Ok((id, state, sign)) => (Some(id), state, sign),
+            Err(_) => (None, ProbeCgroupState::Absent, None),
+        };
+        ProbeCgroup {
+            path: path.to_owned(),
+            id,
+            state,
+            reason: sign.map(|sign| sign.to_string()),
+        }
     }
-}
 
-fn state(path: &Path, attached: &Path) -> std::io::Result<(u64, ProbeCgroupState)> {
-    let directory = fs::canonicalize(path)?;
-    let attached = fs::canonicalize(attached)?;
-    let id = fs::metadata(&directory)?.ino();
-    let state = if statfs(&directory)?.filesystem_type() != CGROUP2_SUPER_MAGIC {
-        ProbeCgroupState::NotCgroup2
-    } else if attached.starts_with(&directory) {
-        ProbeCgroupState::HoldsPods
-    } else if directory.starts_with(&attached) {
-        ProbeCgroupState::Known
-    } else {
-        ProbeCgroupState::OutOfReach
-    };
-    Ok((id, state))
+    fn state(
+        &self,
+        path: &Path,
+        pods: &BTreeSet<PathBuf>,
+    ) -> std::io::Result<(u64, ProbeCgroupState, Option<Sign>)> {
+        let directory = fs::canonicalize(path)?;
+        let attached = fs::canonicalize(&self.options.cgroup)?;
+        let id = fs::metadata(&directory)?.ino();
+        if statfs(&directory)?.filesystem_type() != CGROUP2_SUPER_MAGIC {
+            return Ok((id, ProbeCgroupState::NotCgroup2, None));
+        }
+        let sign = if attached.starts_with(&directory) {
+            Some(Sign::Attached)
+        } else if directory.starts_with(&attached) {
+            sign_of_pods(&directory, pods, || self.enrolled_networks())
+        } else {
+            return Ok((id, ProbeCgroupState::OutOfReach, None));
+        };
+        let state = match sign {
+            Some(_) => ProbeCgroupState::HoldsPods,
+            None => ProbeCgroupState::Known,
+        };
+        Ok((id, state, sign))
+    }
+
+    /// Inodes of the network namespaces that a program of ours is attached to.
+    fn enrolled_networks(&self) -> BTreeSet<u64> {
+        let lookups = self.lookups().into_iter();
+        lookups
+            .filter_map(|cookie| Some(self.pins.link(&lookup_pin(cookie))?.netns_inode()))
+            .filter(|inode| *inode != 0)
+            .collect()
+    }
 }

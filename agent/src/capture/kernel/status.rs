@@ -8,7 +8,9 @@ use std::path::PathBuf;
 use serde::Serialize;
 use undermesh_common::{LAYOUT, bounds};
 
-use super::{CGROUP_PROGRAMS, Kernel, KernelError, LOOKUP_PREFIX, ProbeCgroup, maps::Maps};
+use super::{
+    CGROUP_PROGRAMS, Kernel, KernelError, LOOKUP_PREFIX, ProbeCgroup, features, maps::Maps,
+};
 use crate::capture::sys;
 
 /// Programs, maps, verdicts, features: what the kernel says at this moment, not what was asked.
@@ -116,8 +118,7 @@ impl Kernel {
             probe_cgroups: self.maps.probes.seen(),
             maps: self.map_fill(),
             verdicts: self.counters().into_iter().collect(),
-            features: FEATURES
-                .into_iter()
+            features: features::all()
                 .chain([self.reach.lock().feature()])
                 .collect(),
         }
@@ -212,28 +213,3 @@ impl Kernel {
         ]
     }
 }
-
-/// What the programs rely on. All of it is required, so a kernel without it fails at load, where
-/// the verifier's answer names it.
-const FEATURES: [FeatureStatus; 4] = [
-    FeatureStatus {
-        name: "netns_cookie",
-        used: true,
-        reason: "the connect programs are loaded (kernel 5.7; in sock_ops 5.15)",
-    },
-    FeatureStatus {
-        name: "connect_return_value",
-        used: true,
-        reason: "the connect programs are loaded (kernel 5.18)",
-    },
-    FeatureStatus {
-        name: "lookup_ingress_interface",
-        used: true,
-        reason: "required by every lookup program (kernel 5.17)",
-    },
-    FeatureStatus {
-        name: "connect_preorder",
-        used: false,
-        reason: "other programs at the cgroup run in the order in which they were attached",
-    },
-];

@@ -2,5 +2,7 @@
 
 mod enrolment;
 mod exhaustion;
+mod forwarding;
+mod probing;
 mod sockets;
 mod world;

@@ -15,7 +15,7 @@ use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep, timeout};
 
 use crate::capture::{
-    Accepted, Capture, CaptureOptions, Handler, KernelOptions, Phase, PodStatus, Role,
+    Accepted, Capture, CaptureOptions, Handed, Handler, KernelOptions, Phase, PodStatus, Role,
 };
 use crate::mesh::{
     Endpoint, Membership, MeshConfig, Mode, ObjectName, Sandbox, Service, ServicePort, Snapshot,
@@ -326,17 +326,31 @@ impl World {
         snapshot
     }
 
-    /// Starts capture with a handler that gives the test what it accepts.
-    pub fn start(&self) -> Running {
-        let (sender, accepted) = mpsc::unbounded_channel();
-        let options = CaptureOptions {
+    /// The cgroup that the programs are attached to.
+    pub fn cgroup(&self) -> &Path {
+        &self.cgroup.0
+    }
+
+    fn options(&self, probe_cgroups: &[PathBuf]) -> CaptureOptions {
+        CaptureOptions {
             node: NODE.to_owned(),
             kernel: KernelOptions {
                 cgroup: self.cgroup.0.clone(),
                 pins: self.bpffs.0.path().join("undermesh"),
             },
-            probe_cgroups: Vec::new(),
-        };
+            probe_cgroups: probe_cgroups.to_vec(),
+        }
+    }
+
+    /// Starts capture with a handler that gives the test what it accepts.
+    pub fn start(&self) -> Running {
+        self.start_probed_by(&[])
+    }
+
+    /// The same, where these cgroups may probe.
+    pub fn start_probed_by(&self, probe_cgroups: &[PathBuf]) -> Running {
+        let (sender, accepted) = mpsc::unbounded_channel();
+        let options = self.options(probe_cgroups);
         Running {
             capture: Capture::start(
                 options,
@@ -344,6 +358,18 @@ impl World {
                 Workers::start(2).unwrap(),
             )
             .unwrap(),
+            accepted,
+        }
+    }
+
+    /// The same beside another that still accepts.
+    pub fn start_beside(&self, handed: Vec<Handed>, probe_cgroups: &[PathBuf]) -> Running {
+        let (sender, accepted) = mpsc::unbounded_channel();
+        let options = self.options(probe_cgroups);
+        let handler = Arc::new(Forward(sender));
+        Running {
+            capture: Capture::start_beside(options, handler, Workers::start(2).unwrap(), handed)
+                .unwrap(),
             accepted,
         }
     }

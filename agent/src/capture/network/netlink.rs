@@ -1,133 +1,23 @@
-//! The rule and the routes that lead marked connections of a pod over lo, in the pod's namespace.
-//!
-//! One rule, before all but `local`, sends the mark to a table of ours, and there
-//! `local default dev lo src <pod IP> metric 1` catches everything, and
-//! `local default dev <eth0> src <pod IP> metric 2` what is bound to the pod's device. A second
-//! table, which no rule names, holds the kernel settings from before enrolment: it outlives the
-//! agent and dies with the pod.
+//! Reading and changing a pod's network over rtnetlink.
 
 use std::collections::BTreeSet;
-use std::io;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::IpAddr;
 
 use futures_util::StreamExt;
 use rtnetlink::packet_core::{
     NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload,
 };
+use rtnetlink::packet_route::RouteNetlinkMessage;
 use rtnetlink::packet_route::address::{AddressAttribute, AddressMessage};
-use rtnetlink::packet_route::route::{
-    RouteAttribute, RouteMessage, RouteProtocol, RouteScope, RouteType,
-};
-use rtnetlink::packet_route::rule::{RuleAction, RuleAttribute, RuleMessage};
-use rtnetlink::packet_route::{AddressFamily, RouteNetlinkMessage};
-use thiserror::Error;
+use rtnetlink::packet_route::link::{LinkAttribute, LinkFlags, LinkMessage};
+use rtnetlink::packet_route::route::{RouteAttribute, RouteMessage, RouteType};
+use rtnetlink::packet_route::rule::{RuleAttribute, RuleMessage};
 use tokio::task::JoinHandle;
 
-use super::kernel::CAPTURE_MARK;
-use super::netns::{Netns, NetnsError, NetnsWorker};
-use super::sysctl::Former;
-
-/// The table that marked connections are routed by.
-pub const TABLE: u32 = 30_061;
-/// The table that only holds the note of former kernel settings.
-const NOTE_TABLE: u32 = TABLE + 1;
-/// After `local` (0), before everything else.
-const PRIORITY: u32 = 1;
-/// Marks rules and routes as ours for those who look (`ip -d rule`).
-const PROTOCOL: RouteProtocol = RouteProtocol::Other(117);
-/// lo is the first device of every namespace.
-const LO: u32 = 1;
-
-/// Why the network of a pod could not be read or changed.
-#[derive(Debug, Error)]
-pub enum NetworkError {
-    /// The namespace could not be entered.
-    #[error(transparent)]
-    Netns(#[from] NetnsError),
-    /// The kernel refused a request.
-    #[error("cannot {what}")]
-    Request {
-        /// What was asked for.
-        what: &'static str,
-        /// What the kernel said.
-        source: io::Error,
-    },
-    /// The netlink connection broke.
-    #[error("netlink: {0}")]
-    Netlink(String),
-}
-
-/// Something that capture needs in the pod's network.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Entry {
-    /// The rule for the mark.
-    Rule(IpVersion),
-    /// A route of [`TABLE`].
-    Route {
-        /// Index of its device.
-        device: u32,
-        /// Metric.
-        metric: u32,
-        /// The address that an unbound socket gets.
-        source: IpAddr,
-    },
-    /// A rule or route in our table that is not as it should be.
-    Other(IpVersion),
-}
-
-/// IPv4 or IPv6.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum IpVersion {
-    /// IPv4.
-    V4,
-    /// IPv6.
-    V6,
-}
-
-impl IpVersion {
-    fn of(address: IpAddr) -> Self {
-        match address {
-            IpAddr::V4(_) => Self::V4,
-            IpAddr::V6(_) => Self::V6,
-        }
-    }
-
-    fn family(self) -> AddressFamily {
-        match self {
-            Self::V4 => AddressFamily::Inet,
-            Self::V6 => AddressFamily::Inet6,
-        }
-    }
-}
-
-/// An address of the pod, and the device that has it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct DeviceAddress {
-    /// The address.
-    pub address: IpAddr,
-    /// Index of the device.
-    pub device: u32,
-}
-
-/// What a pod with these addresses needs.
-#[must_use]
-pub fn needed(addresses: &[DeviceAddress]) -> BTreeSet<Entry> {
-    addresses
-        .iter()
-        .flat_map(|&DeviceAddress { address, device }| {
-            let route = |device, metric| Entry::Route {
-                device,
-                metric,
-                source: address,
-            };
-            [
-                route(LO, 1),
-                route(device, 2),
-                Entry::Rule(IpVersion::of(address)),
-            ]
-        })
-        .collect()
-}
+use super::messages::{metric, route, route_entry, rule_entry, to_message};
+use super::{Device, DeviceAddress, Entry, IpVersion, NOTE_TABLE, NetworkError, TABLE};
+use crate::capture::netns::{Netns, NetnsWorker};
+use crate::capture::sysctl::Former;
 
 /// A netlink connection into a pod's namespace.
 pub struct Network {
@@ -185,6 +75,24 @@ impl Network {
             .iter()
             .filter_map(|address| present.iter().find(|found| found.address == *address))
             .copied()
+            .collect())
+    }
+
+    /// Every device.
+    pub async fn all_devices(&self) -> Result<Vec<Device>, NetworkError> {
+        let request = RouteNetlinkMessage::GetLink(LinkMessage::default());
+        let messages = self.dump("list devices", request).await?;
+        let devices = messages.into_iter().filter_map(|message| match message {
+            RouteNetlinkMessage::NewLink(link) => Some(link),
+            _ => None,
+        });
+        Ok(devices
+            .map(|link| Device {
+                index: link.header.index,
+                name: name(&link),
+                is_up: link.header.flags.contains(LinkFlags::Up),
+                is_loopback: link.header.flags.contains(LinkFlags::Loopback),
+            })
             .collect())
     }
 
@@ -401,175 +309,16 @@ impl Network {
     }
 }
 
-fn is_unsupported(errno: i32) -> bool {
-    matches!(errno, libc::EAFNOSUPPORT | libc::EOPNOTSUPP)
-}
-
-fn rule_entry(version: IpVersion, rule: &RuleMessage) -> Entry {
-    let wanted = [
-        RuleAttribute::Priority(PRIORITY),
-        RuleAttribute::FwMark(CAPTURE_MARK),
-        RuleAttribute::FwMask(CAPTURE_MARK),
-    ];
-    if rule.header.action == RuleAction::ToTable
-        && wanted.iter().all(|part| rule.attributes.contains(part))
-    {
-        Entry::Rule(version)
-    } else {
-        Entry::Other(version)
-    }
-}
-
-fn route_entry(version: IpVersion, route: &RouteMessage) -> Entry {
-    let device = route.attributes.iter().find_map(|part| match part {
-        RouteAttribute::Oif(device) => Some(*device),
-        _ => None,
-    });
-    let source = route.attributes.iter().find_map(|part| match part {
-        RouteAttribute::PrefSource(source) => match source {
-            rtnetlink::packet_route::route::RouteAddress::Inet(source) => Some((*source).into()),
-            rtnetlink::packet_route::route::RouteAddress::Inet6(source) => Some((*source).into()),
-            _ => None,
-        },
-        _ => None,
-    });
-    match (device, source) {
-        (Some(device), Some(source))
-            if route.header.kind == RouteType::Local
-                && route.header.destination_prefix_length == 0 =>
-        {
-            Entry::Route {
-                device,
-                metric: metric(route),
-                source,
-            }
-        }
-        _ => Entry::Other(version),
-    }
-}
-
-fn metric(route: &RouteMessage) -> u32 {
-    route
-        .attributes
-        .iter()
+fn name(link: &LinkMessage) -> String {
+    let mut parts = link.attributes.iter();
+    parts
         .find_map(|part| match part {
-            RouteAttribute::Priority(metric) => Some(*metric),
+            LinkAttribute::IfName(name) => Some(name.clone()),
             _ => None,
         })
-        .unwrap_or(0)
+        .unwrap_or_default()
 }
 
-fn to_message(entry: &Entry) -> Option<RouteNetlinkMessage> {
-    match *entry {
-        Entry::Rule(version) => {
-            let mut message = RuleMessage::default();
-            message.header.family = version.family();
-            message.header.action = RuleAction::ToTable;
-            message.attributes = vec![
-                RuleAttribute::Table(TABLE),
-                RuleAttribute::Priority(PRIORITY),
-                RuleAttribute::FwMark(CAPTURE_MARK),
-                RuleAttribute::FwMask(CAPTURE_MARK),
-                RuleAttribute::Protocol(PROTOCOL),
-            ];
-            Some(RouteNetlinkMessage::NewRule(message))
-        }
-        Entry::Route {
-            device,
-            metric,
-            source,
-        } => {
-            let mut message = route(IpVersion::of(source), TABLE, RouteType::Local);
-            message.attributes.extend([
-                RouteAttribute::Oif(device),
-                RouteAttribute::Priority(metric),
-                RouteAttribute::PrefSource(source.into()),
-            ]);
-            Some(RouteNetlinkMessage::NewRoute(message))
-        }
-        Entry::Other(_) => None,
-    }
-}
-
-/// A default route of a table, without device.
-fn route(version: IpVersion, table: u32, kind: RouteType) -> RouteMessage {
-    let mut message = RouteMessage::default();
-    message.header.address_family = version.family();
-    message.header.protocol = PROTOCOL;
-    message.header.scope = match kind {
-        RouteType::Local => RouteScope::Host,
-        _ => RouteScope::Universe,
-    };
-    message.header.kind = kind;
-    // iproute2 names the destination too: kernels compare it when they delete.
-    message.attributes = vec![
-        RouteAttribute::Table(table),
-        RouteAttribute::Destination(match version {
-            IpVersion::V4 => IpAddr::from(Ipv4Addr::UNSPECIFIED).into(),
-            IpVersion::V6 => IpAddr::from(Ipv6Addr::UNSPECIFIED).into(),
-        }),
-    ];
-    message
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn pod() -> Vec<DeviceAddress> {
-        ["10.0.0.5", "fd00::5"]
-            .into_iter()
-            .map(|address| DeviceAddress {
-                address: address.parse().unwrap(),
-                device: 7,
-            })
-            .collect()
-    }
-
-    #[test]
-    fn each_family_needs_its_rule_and_a_route_over_lo_and_one_over_its_device() {
-        let needed = needed(&pod());
-        assert_eq!(needed.len(), 6);
-        for address in pod() {
-            for (device, metric) in [(1, 1), (7, 2)] {
-                assert!(needed.contains(&Entry::Route {
-                    device,
-                    metric,
-                    source: address.address
-                }));
-            }
-        }
-    }
-
-    #[test]
-    fn what_is_laid_is_recognised_when_it_is_read_back() {
-        for entry in needed(&pod()) {
-            let read = match to_message(&entry).unwrap() {
-                RouteNetlinkMessage::NewRule(rule) => {
-                    let version = match rule.header.family {
-                        AddressFamily::Inet => IpVersion::V4,
-                        _ => IpVersion::V6,
-                    };
-                    rule_entry(version, &rule)
-                }
-                RouteNetlinkMessage::NewRoute(route) => route_entry(IpVersion::V4, &route),
-                other => panic!("{other:?}"),
-            };
-            assert_eq!(read, entry);
-        }
-    }
-
-    #[test]
-    fn a_rule_for_our_table_with_another_mark_is_not_ours() {
-        let Some(RouteNetlinkMessage::NewRule(mut rule)) = to_message(&Entry::Rule(IpVersion::V4))
-        else {
-            panic!("not a rule");
-        };
-        rule.attributes
-            .retain(|part| !matches!(part, RuleAttribute::FwMask(_)));
-        assert_eq!(
-            rule_entry(IpVersion::V4, &rule),
-            Entry::Other(IpVersion::V4)
-        );
-    }
+fn is_unsupported(errno: i32) -> bool {
+    matches!(errno, libc::EAFNOSUPPORT | libc::EOPNOTSUPP)
 }

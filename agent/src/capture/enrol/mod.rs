@@ -3,32 +3,38 @@
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::io;
-use std::net::IpAddr;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use thiserror::Error;
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, timeout, timeout_at};
 use tokio_util::sync::CancellationToken;
 
 use super::accept::{Acceptor, Handler};
 use super::counters::{Counters, Event};
+use super::forwarding::{self, Forwards};
 use super::kernel::{Family, Kernel, KernelError, ListenerKind, ListenerSlot, PodRecord};
 use super::netns::{Netns, NetnsError, NetnsWorker};
-use super::network::{self, Entry, Network, NetworkError};
+use super::network::{self, Entry, Network};
 use super::pod::{EnrolledPod, PodParts};
 use super::ports::SourcePorts;
-use super::probe::{self, ProbeDesk, ProbeError, Proof};
+use super::probe::{self, ProbeDesk, Proof};
 use super::share::NodeShare;
 use super::shelf::Shelf;
 use super::sockets::{Listener, PodAddresses};
-use super::sysctl::{self, SysctlError};
+use super::sysctl;
 use crate::mesh::{Mode, Workload};
 use crate::workers::Workers;
+
+mod error;
+mod unlay;
+
+pub use error::EnrolError;
+pub(super) use unlay::{forget, unlay};
+
+use unlay::{remove_listeners, unlay_network};
 
 const KINDS: [ListenerKind; 3] = [
     ListenerKind::Outbound,
@@ -40,49 +46,6 @@ const KINDS: [ListenerKind; 3] = [
 const END_LIMIT: Duration = Duration::from_secs(5);
 /// How often a drain looks whether the namespace is still there.
 const DRAIN_LOOK: Duration = Duration::from_millis(500);
-
-/// Why a pod is not in the mesh (yet).
-#[derive(Debug, Error)]
-pub enum EnrolError {
-    /// It has no place here: waiting does not help by itself.
-    #[error("refused: {0}")]
-    Refused(String),
-    /// Its network namespace cannot be used.
-    #[error(transparent)]
-    Netns(#[from] NetnsError),
-    /// No device has an address that the pod should have.
-    #[error("no device in the pod has the address {0}")]
-    AddressMissing(IpAddr),
-    /// The pod's processes are not below the cgroup that the programs are attached to.
-    #[error("the pod's cgroup {pod} is not below {attached}: its connections would not be seen")]
-    Cgroup {
-        /// The pod's.
-        pod: PathBuf,
-        /// Where the programs are attached.
-        attached: PathBuf,
-    },
-    /// Rules and routes.
-    #[error(transparent)]
-    Network(#[from] NetworkError),
-    /// Kernel settings.
-    #[error(transparent)]
-    Sysctl(#[from] SysctlError),
-    /// A listener could not be opened.
-    #[error("cannot open a listener in the pod")]
-    Listener(#[source] io::Error),
-    /// Programs and maps.
-    #[error(transparent)]
-    Kernel(#[from] KernelError),
-    /// All is laid, but it has no effect.
-    #[error(transparent)]
-    Probe(#[from] ProbeError),
-    /// Nothing is accepted for want of descriptors or memory, so nothing can be proven.
-    #[error("the agent is short of descriptors or memory")]
-    Exhausted,
-    /// It took longer than it may.
-    #[error("not done within {0:?}")]
-    Late(Duration),
-}
 
 /// What enrolments of one node share.
 pub(super) struct Tools {
@@ -108,6 +71,9 @@ pub(super) struct Enrolment {
     pub pod: Arc<EnrolledPod>,
     netns: Arc<Netns>,
     needed: BTreeSet<Entry>,
+    /// Indices of the devices with its addresses.
+    devices: BTreeSet<u32>,
+    forwards: Option<Forwards>,
     families: Vec<Family>,
     mode: Mode,
     stop: CancellationToken,
@@ -129,6 +95,13 @@ impl Enrolment {
         let network = Network::open(&netns, &tools.worker).await?;
         let addresses = present_addresses(tools, &netns, &network, workload).await?;
         let own: PodAddresses = addresses.iter().map(|found| found.address).collect();
+        let devices = addresses.iter().map(|found| found.device).collect();
+        let forwards = forwarding::look(&netns, &tools.worker, &network, &devices).await?;
+        if let (Mode::Strict, Some(forwards)) = (mode, &forwards)
+            && !is_known(tools, &netns).await?
+        {
+            return Err(EnrolError::Forwards(forwards.clone()));
+        }
         let families: Vec<Family> = own.families().collect();
 
         // First the listeners: a SYN that finds none hangs.
@@ -168,12 +141,16 @@ impl Enrolment {
             pod: pod.clone(),
             netns: netns.clone(),
             needed,
+            devices,
+            forwards: None,
             families,
             mode,
             stop: CancellationToken::new(),
             loops: Vec::new(),
             probes: probes.clone(),
         };
+
+        enrolment.note_forwarding(tools, forwards);
 
         // Listeners into their slots before the program that asks for them, and the pod map last:
         // from then on its connections are captured.
@@ -226,9 +203,13 @@ impl Enrolment {
         Ok(proofs)
     }
 
-    /// Puts back what is missing. Returns how much that was.
-    pub async fn repair(&self, tools: &Tools) -> Result<usize, EnrolError> {
+    /// Puts back what is missing, and looks whether the pod forwards by now. Returns how much was
+    /// put back.
+    pub async fn repair(&mut self, tools: &Tools) -> Result<usize, EnrolError> {
         let network = Network::open(&self.netns, &tools.worker).await?;
+        let forwards =
+            forwarding::look(&self.netns, &tools.worker, &network, &self.devices).await?;
+        self.note_forwarding(tools, forwards);
         let mut repaired = network.ensure(&self.needed).await?;
         repaired += tools.worker.run(&self.netns, sysctl::set).await??;
         let record = self.record(self.mode);
@@ -281,6 +262,23 @@ impl Enrolment {
             tracing::info!(pod = %workload.name, %mode, "mode changed");
         }
         Ok(Followed::Yes)
+    }
+
+    /// What says that the pod may forward what others send. One that is STRICT and began to after
+    /// it was enrolled stays in the mesh: without it more would pass.
+    pub fn forwards(&self) -> Option<&Forwards> {
+        self.forwards.as_ref()
+    }
+
+    fn note_forwarding(&mut self, tools: &Tools, found: Option<Forwards>) {
+        if let Some(forwards) = &found
+            && self.forwards != found
+        {
+            tools.counters.count(Event::ForwardingFound);
+            let pod = self.pod.workload();
+            tracing::warn!(pod = %pod.name, %forwards, "what the pod forwards for others is not enforced");
+        }
+        self.forwards = found;
     }
 
     /// Whether the namespace is still the one at its path.
@@ -387,54 +385,6 @@ pub(super) async fn shut(
     .await
 }
 
-/// Takes away whatever was laid in a namespace, by whomever, at once.
-pub(super) async fn unlay(tools: &Tools, netns: &Netns) -> Result<(), EnrolError> {
-    let cookie = netns.cookie();
-    let cleared = on_kernel(&tools.kernel, move |kernel| kernel.remove_pod(cookie)).await;
-    let unlaid = unlay_network(tools, netns).await;
-    cleared.and(forget(tools, cookie).await)?;
-    unlaid
-}
-
-/// Takes away what the kernel holds for a pod whose namespace cannot be entered any more.
-pub(super) async fn forget(tools: &Tools, cookie: u64) -> Result<(), EnrolError> {
-    let done = on_kernel(&tools.kernel, move |kernel| {
-        let cleared = kernel.remove_pod(cookie);
-        cleared.and(kernel.detach_lookup(cookie))
-    })
-    .await;
-    done.and(remove_listeners(tools, cookie).await)
-}
-
-async fn unlay_network(tools: &Tools, netns: &Netns) -> Result<(), EnrolError> {
-    let network = Network::open(netns, &tools.worker).await?;
-    network.remove().await?;
-    if let Some(former) = network.note().await? {
-        tools
-            .worker
-            .run(netns, move || sysctl::restore(former))
-            .await??;
-        network.remove_note().await?;
-    }
-    Ok(())
-}
-
-async fn remove_listeners(tools: &Tools, netns_cookie: u64) -> Result<(), EnrolError> {
-    on_kernel(&tools.kernel, move |kernel| {
-        for family in [Family::V4, Family::V6] {
-            for kind in KINDS {
-                kernel.remove_listener(ListenerSlot {
-                    netns_cookie,
-                    family,
-                    kind,
-                })?;
-            }
-        }
-        Ok(())
-    })
-    .await
-}
-
 /// The pod's addresses that its devices have. A pod without IPv6 may still be given an address of
 /// it in the model.
 async fn present_addresses(
@@ -455,6 +405,13 @@ async fn present_addresses(
         return Err(EnrolError::Refused("the pod has no IP address".to_owned()));
     }
     Ok(found)
+}
+
+/// Whether the kernel holds the pod already: it was in the mesh before, and began to forward then.
+async fn is_known(tools: &Tools, netns: &Netns) -> Result<bool, EnrolError> {
+    let cookie = netns.cookie();
+    let pods = on_kernel(&tools.kernel, Kernel::pods).await?;
+    Ok(pods.iter().any(|pod| pod.netns_cookie == cookie))
 }
 
 fn check_cgroup(workload: &Workload, attached: &Path) -> Result<(), EnrolError> {
