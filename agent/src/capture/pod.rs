@@ -12,7 +12,7 @@ use arc_swap::{ArcSwap, ArcSwapOption};
 use socket2::Socket;
 use thiserror::Error;
 use tokio::net::TcpStream;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tokio_util::task::task_tracker::TaskTrackerToken;
@@ -25,6 +25,7 @@ use super::netns::{Netns, NetnsError, NetnsWorker};
 use super::ports::{Choice, SourcePorts};
 use super::share::{Full, PodShare, Slot};
 use super::sockets::{self, PodAddresses, unmapped};
+use super::stock::{Stock, Taken};
 use crate::mesh::Workload;
 
 /// After so long, a delivery that nobody answered tries another port: its tuple may be that of a
@@ -109,6 +110,7 @@ pub struct EnrolledPod {
     netns: ArcSwapOption<Netns>,
     kernel: Arc<Kernel>,
     worker: NetnsWorker,
+    stock: Arc<Stock>,
     ports: SourcePorts,
     live: TaskTracker,
     share: Arc<PodShare>,
@@ -373,12 +375,30 @@ impl EnrolledPod {
     }
 
     async fn socket(&self, destination: SocketAddr) -> Result<Socket, DialError> {
-        let netns = self.netns.load_full().ok_or(DialError::Gone)?;
         let family = sockets::family(destination.ip());
-        self.worker
-            .run(&netns, move || sockets::new_socket(family))
-            .await?
-            .map_err(|error| dial_error(destination, error))
+        let Taken { socket, batch } = self.stock.take(family, Instant::now());
+        let netns = self.netns.load_full().ok_or(DialError::Gone)?;
+        let made = match (socket, batch) {
+            (Some(socket), None) => return Ok(socket),
+            (Some(socket), Some(batch)) => {
+                self.worker.submit(&netns, move || batch.make());
+                return Ok(socket);
+            }
+            (None, Some(batch)) => {
+                let make = move || batch.make_with_first();
+                self.worker.run(&netns, make).await?
+            }
+            (None, None) => {
+                // When it is this one's turn, what others asked for is there.
+                let stock = self.stock.clone();
+                let make = move || match stock.left(family) {
+                    Some(socket) => Ok(socket),
+                    None => sockets::new_socket(family),
+                };
+                self.worker.run(&netns, make).await?
+            }
+        };
+        made.map_err(|error| dial_error(destination, error))
     }
 
     /// Sends the SYN. By the time connect(2) returns, the hooks have run: the kernel side need not
@@ -412,6 +432,7 @@ impl EnrolledPod {
             worker: parts.worker,
             ports: parts.ports,
             live: TaskTracker::new(),
+            stock: Stock::new(parts.share.clone(), parts.counters.clone()),
             share: parts.share,
             refused: Default::default(),
             backlogs: Backlogs::default(),
@@ -457,11 +478,17 @@ impl EnrolledPod {
         self.live.wait().await;
     }
 
+    /// Closes sockets that nobody needs. To be called now and then.
+    pub(super) fn tend(&self) {
+        self.stock.tend();
+    }
+
     /// Lets go of the namespace.
     pub(super) fn release(&self) {
         self.gone.cancel();
         self.cut.cancel();
         self.netns.store(None);
+        self.stock.close();
     }
 }
 
