@@ -43,6 +43,8 @@ pub const PGBENCH: Tool = tool("pgbench", "postgresql");
 pub const OPENSSL: Tool = tool("openssl", "openssl");
 /// wrk.
 pub const WRK: Tool = tool("wrk", "wrk");
+/// valgrind.
+pub const VALGRIND: Tool = tool("valgrind", "valgrind");
 /// iperf3.
 pub const IPERF3: Tool = tool("iperf3", "iperf3");
 

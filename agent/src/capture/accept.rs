@@ -21,7 +21,7 @@ use super::counters::{Counters, Event};
 use super::kernel::{CAPTURE_MARK, ListenerKind};
 use super::pod::EnrolledPod;
 use super::probe::{self, ProbeDesk};
-use super::sockets::{self, Listener, PodAddresses, unmapped};
+use super::sockets::{Listener, PodAddresses, unmapped};
 use super::sys;
 use crate::workers::{Spread, Workers};
 
@@ -270,10 +270,8 @@ fn accept(listener: &TcpListener) -> io::Result<(TcpStream, SocketAddr)> {
 }
 
 fn read(stream: &TcpStream) -> io::Result<(SocketAddr, u32)> {
-    let socket = SockRef::from(stream);
-    // First of all: whatever happens to it from now on, it does not end with a clean FIN.
-    sockets::prepare(&socket)?;
-    Ok((unmapped(stream.local_addr()?), socket.mark()?))
+    let mark = SockRef::from(stream).mark()?;
+    Ok((unmapped(stream.local_addr()?), mark))
 }
 
 /// Whether the process or the node has no descriptor or no memory left.

@@ -27,6 +27,8 @@ pub enum Event {
     DeliveryUnanswered,
     /// A delivery found no source port.
     DeliveryWithoutPort,
+    /// A socket could not be made ahead of need: as many as the node may have wait already.
+    SpareWithoutRoom,
     /// An enrolment attempt failed.
     EnrolmentFailed,
     /// A verification found something missing and put it back.
@@ -43,7 +45,7 @@ pub enum Event {
     ForwardingFound,
 }
 
-const NAMES: [(Event, &str); 18] = [
+const NAMES: [(Event, &str); 19] = [
     (Event::Accepted, "accepted"),
     (Event::RoleMismatch, "role_mismatch"),
     (Event::PodFull, "pod_full"),
@@ -55,6 +57,7 @@ const NAMES: [(Event, &str); 18] = [
     (Event::DeliveryPortInUse, "delivery_port_in_use"),
     (Event::DeliveryUnanswered, "delivery_unanswered"),
     (Event::DeliveryWithoutPort, "delivery_without_port"),
+    (Event::SpareWithoutRoom, "spare_without_room"),
     (Event::EnrolmentFailed, "enrolment_failed"),
     (Event::Repaired, "repaired"),
     (Event::ProbeFailed, "probe_failed"),

@@ -43,6 +43,7 @@ mod share;
 mod shelf;
 mod sockets;
 mod status;
+mod stock;
 mod sys;
 mod sysctl;
 mod task;

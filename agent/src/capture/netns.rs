@@ -178,6 +178,19 @@ impl NetnsWorker {
         self.enter(&netns.file, job).await
     }
 
+    /// Has a job run inside a namespace some time soon, which nobody waits for. Where too many wait
+    /// already it is dropped.
+    pub fn submit(&self, netns: &Netns, job: impl FnOnce() + Send + 'static) {
+        let job: Job = Box::new(move |entered| {
+            if entered.is_ok() && catch_unwind(AssertUnwindSafe(job)).is_err() {
+                tracing::error!("a job in a network namespace panicked");
+            }
+        });
+        let netns = netns.file.clone();
+        // A full queue, or a worker that ended: then the job's callers learn of it from the next.
+        let _ = self.queue.try_send(Task { netns, job });
+    }
+
     async fn enter<T, F>(&self, netns: &Arc<File>, job: F) -> Result<T, NetnsError>
     where
         T: Send + 'static,

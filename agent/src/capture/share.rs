@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use nix::sys::resource::{Resource, getrlimit};
 use parking_lot::Mutex;
@@ -18,6 +18,8 @@ const DESCRIPTORS_PER_CONNECTION: u64 = 2;
 /// What connections leave of the process's descriptors for everything else: listeners, tunnels,
 /// pipes, files.
 const DESCRIPTORS_FOR_OTHERS: u64 = 1_024;
+/// How many of those may be sockets that wait for their connection, in all pods together.
+pub(super) const SPARES: usize = 256;
 /// Each pod's own part is this part of all …
 const OWN_PART: usize = 128;
 /// … but all of them together are no more than this part of all.
@@ -63,6 +65,7 @@ pub(super) struct NodeShare {
     /// Connections of all pods together.
     total: usize,
     state: Mutex<State>,
+    spares: AtomicUsize,
     is_short_of_memory: AtomicBool,
 }
 
@@ -82,6 +85,11 @@ pub(super) struct PodShare {
     id: u64,
 }
 
+/// The place of a socket that waits for its connection, given back when dropped.
+#[derive(Debug)]
+#[must_use = "dropping it gives the place back"]
+pub(super) struct Spare(Arc<PodShare>);
+
 /// A connection's place, given back when dropped.
 #[derive(Debug)]
 #[must_use = "dropping it gives the place back"]
@@ -96,6 +104,7 @@ impl NodeShare {
         Arc::new(Self {
             total: usize::try_from(total).unwrap_or(usize::MAX),
             state: Mutex::default(),
+            spares: AtomicUsize::new(0),
             is_short_of_memory: AtomicBool::new(false),
         })
     }
@@ -151,6 +160,26 @@ impl PodShare {
         state.pods.insert(self.id, taken + 1);
         state.taken += 1;
         Ok(Slot(self.clone()))
+    }
+
+    /// A place for one more socket that waits for its connection; none if there are [`SPARES`], or
+    /// if memory is short.
+    pub fn spare(self: &Arc<Self>) -> Option<Spare> {
+        let node = &self.node;
+        if node.is_short_of_memory.load(Ordering::Relaxed) {
+            return None;
+        }
+        let one_more = |spares| (spares < SPARES).then_some(spares + 1);
+        let taken = node
+            .spares
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, one_more);
+        taken.ok().map(|_| Spare(self.clone()))
+    }
+}
+
+impl Drop for Spare {
+    fn drop(&mut self) {
+        self.0.node.spares.fetch_sub(1, Ordering::Relaxed);
     }
 }
 

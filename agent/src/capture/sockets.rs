@@ -135,6 +135,8 @@ impl Listener {
             }
         };
         socket.bind(&address.into())?;
+        // Connections have from their first moment what their listener has.
+        prepare(&SockRef::from(&socket))?;
         socket.listen(BACKLOG)?;
         Ok(Self {
             family,
@@ -167,6 +169,7 @@ impl Listener {
         }
         socket.set_cloexec(true)?;
         socket.set_nonblocking(true)?;
+        prepare(&SockRef::from(&socket))?;
         Ok(Self {
             family,
             kind,
@@ -177,22 +180,26 @@ impl Listener {
 
 /// A socket of the agent in a pod, before connect(2). To be called in the pod's namespace.
 pub fn new_socket(family: Family) -> io::Result<Socket> {
-    let socket = Socket::new(domain(family), Type::STREAM, Some(Protocol::TCP))?;
-    socket.set_nonblocking(true)?;
-    Ok(socket)
+    let kind = Type::STREAM.nonblocking();
+    Socket::new(domain(family), kind, Some(Protocol::TCP))
 }
 
 /// Makes a socket end its connection with RST until [`close_in_order`](crate::relay::close_in_order), and notice a peer that is
-/// gone.
+/// gone. What a listener has of it, the connections have that come out of it.
 pub fn prepare(socket: &SockRef<'_>) -> io::Result<()> {
-    socket.set_linger(Some(Duration::ZERO))?;
-    socket.set_tcp_nodelay(true)?;
+    prepare_local(socket)?;
     socket.set_tcp_keepalive(
         &TcpKeepalive::new()
             .with_time(KEEPALIVE_IDLE)
             .with_interval(KEEPALIVE_INTERVAL)
             .with_retries(KEEPALIVE_RETRIES),
     )
+}
+
+/// [`prepare`] for both ends on this machine, whose kernel tells the one end when the other is gone.
+fn prepare_local(socket: &SockRef<'_>) -> io::Result<()> {
+    socket.set_linger(Some(Duration::ZERO))?;
+    socket.set_tcp_nodelay(true)
 }
 
 /// Binds a socket to the pod's own address; the kernel chooses the port at connect(2), so that
@@ -208,7 +215,7 @@ pub fn bind_own(socket: &Socket, own: IpAddr, destination: SocketAddr) -> io::Re
 
 /// Binds a socket to the client's address, in the client's pod's stead.
 pub fn bind_as_client(socket: &Socket, client: SocketAddr, own: PodAddresses) -> io::Result<()> {
-    prepare(&SockRef::from(socket))?;
+    prepare_local(&SockRef::from(socket))?;
     set_transparent(socket, family(client.ip()))?;
     socket.set_mark(CAPTURE_MARK)?;
     // Without it the SYN may loop; with it, when the client is the pod itself, the SYN-ACK never
@@ -260,6 +267,33 @@ mod tests {
         let connected = new_socket(Family::V4).unwrap();
         let error = adopt(connected.into(), Family::V4, cookie).unwrap_err();
         assert!(matches!(error, AdoptError::NotListening), "{error}");
+    }
+
+    #[test]
+    fn a_connection_has_from_its_listener_what_it_needs() {
+        let own = Listener::open(Family::V4, ListenerKind::Inbound).unwrap();
+        let cookie = sys::netns_cookie(own.socket.as_fd()).unwrap();
+        let bare = new_socket(Family::V4).unwrap();
+        bare.bind(&SocketAddr::from((Ipv4Addr::LOCALHOST, 0)).into())
+            .unwrap();
+        bare.listen(1).unwrap();
+        let family = Family::V4;
+        let adopted = Listener::adopt(bare.into(), family, ListenerKind::Inbound, cookie).unwrap();
+        for listener in [own, adopted] {
+            let address = listener.socket.local_addr().unwrap();
+            listener.socket.set_nonblocking(false).unwrap();
+            let _client = std::net::TcpStream::connect(address).unwrap();
+            let (accepted, _) = listener.socket.accept().unwrap();
+            let accepted = SockRef::from(&accepted);
+            assert_eq!(accepted.linger().unwrap(), Some(Duration::ZERO));
+            assert!(accepted.tcp_nodelay().unwrap());
+            assert!(accepted.keepalive().unwrap());
+            assert_eq!(accepted.tcp_keepalive_time().unwrap(), KEEPALIVE_IDLE);
+            let interval = accepted.tcp_keepalive_interval().unwrap();
+            assert_eq!(interval, KEEPALIVE_INTERVAL);
+            let retries = accepted.tcp_keepalive_retries().unwrap();
+            assert_eq!(retries, KEEPALIVE_RETRIES);
+        }
     }
 
     #[test]

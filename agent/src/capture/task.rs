@@ -155,6 +155,7 @@ impl PodTask {
         mode: Mode,
     ) -> Result<Followed, EnrolError> {
         let enrolment = &mut laid.enrolment;
+        enrolment.pod.tend();
         if !enrolment.is_there()
             || enrolment.follow(&self.tools, workload, mode).await? == Followed::NeedsNewEnrolment
         {

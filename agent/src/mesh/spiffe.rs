@@ -113,6 +113,12 @@ impl SpiffeId {
     pub fn service_account(&self) -> &str {
         &self.service_account
     }
+
+    /// Namespace and service account, for those who keep them.
+    #[must_use]
+    pub fn shared_names(&self) -> (Arc<str>, Arc<str>) {
+        (self.namespace.clone(), self.service_account.clone())
+    }
 }
 
 /// Whether this is a name of a Kubernetes object (RFC 1123 subdomain): one that can stand in an

@@ -2,7 +2,7 @@
 
 use std::fmt::{self, Write};
 
-use super::view::{format_rfc3339, rounded_seconds};
+use super::line::Line;
 use super::{EndedView, FailureReason};
 
 /// Target of the log lines, to filter on: `access=off` silences them.
@@ -11,49 +11,82 @@ pub const TARGET: &str = "access";
 /// How much of an explanation is written, in bytes: it may hold what a peer said.
 const DETAIL_LIMIT: usize = 512;
 
-/// Writes the line. All text goes in as `&str`, never as `Display`: so tracing's text format quotes
-/// and escapes it, and what a peer put into a name or an error cannot forge a line.
+/// Writes the line.
 pub(super) fn write(ended: &EndedView) {
-    if !tracing::enabled!(target: TARGET, tracing::Level::INFO) {
-        return;
-    }
-    let view = &ended.connection;
-    let (source, destination) = (&view.source, &view.destination);
-    tracing::info!(
-        target: TARGET,
-        id = view.id,
-        direction = view.direction.as_str(),
-        source_workload = source.source_workload.as_deref(),
-        source_workload_namespace = source.source_workload_namespace.as_deref(),
-        source_version = source.source_version.as_deref(),
-        source_pod = shown(source.source_pod.as_ref()).as_deref(),
-        source_service_account = source.source_service_account.as_deref(),
-        source_principal = shown(source.source_principal.as_ref()).as_deref(),
-        source_address = source.source_address.to_string().as_str(),
-        destination_workload = destination.destination_workload.as_deref(),
-        destination_workload_namespace = destination.destination_workload_namespace.as_deref(),
-        destination_version = destination.destination_version.as_deref(),
-        destination_pod = shown(destination.destination_pod.as_ref()).as_deref(),
-        destination_service_account = destination.destination_service_account.as_deref(),
-        destination_principal = shown(destination.destination_principal.as_ref()).as_deref(),
-        destination_address = destination.destination_address.to_string().as_str(),
-        destination_service_name = view.destination_service_name.as_deref(),
-        destination_service_namespace = view.destination_service_namespace.as_deref(),
-        original_destination = view.original_destination.to_string().as_str(),
-        connection_security_policy = view.connection_security_policy.as_str(),
-        sent_bytes = view.sent_bytes,
-        received_bytes = view.received_bytes,
-        opened_at = format_rfc3339(view.opened_at).as_str(),
-        duration_seconds = rounded_seconds(view.age),
-        close_reason = ended.close_reason.as_str(),
-        reason = ended.reason.map(FailureReason::as_str),
-        detail = ended.detail.as_deref(),
-        "connection closed"
-    );
+    tracing::info!(target: TARGET, line = ?Closed(ended));
 }
 
-pub(super) fn shown(value: Option<&impl fmt::Display>) -> Option<String> {
-    value.map(ToString::to_string)
+/// The line of a connection.
+struct Closed<'a>(&'a EndedView);
+
+impl fmt::Debug for Closed<'_> {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let ended = self.0;
+        let view = &ended.connection;
+        let (source, destination) = (&view.source, &view.destination);
+        Line::write(out, "connection closed", |line| {
+            line.number("id", Some(view.id))
+                .text("direction", Some(view.direction.as_str()))
+                .text("source_workload", source.source_workload.as_deref())
+                .text(
+                    "source_workload_namespace",
+                    source.source_workload_namespace.as_deref(),
+                )
+                .text("source_version", source.source_version.as_deref())
+                .shown("source_pod", source.source_pod.as_ref())
+                .text(
+                    "source_service_account",
+                    source.source_service_account.as_deref(),
+                )
+                .shown("source_principal", source.source_principal.as_ref())
+                .shown("source_address", Some(&source.source_address))
+                .text(
+                    "destination_workload",
+                    destination.destination_workload.as_deref(),
+                )
+                .text(
+                    "destination_workload_namespace",
+                    destination.destination_workload_namespace.as_deref(),
+                )
+                .text(
+                    "destination_version",
+                    destination.destination_version.as_deref(),
+                )
+                .shown("destination_pod", destination.destination_pod.as_ref())
+                .text(
+                    "destination_service_account",
+                    destination.destination_service_account.as_deref(),
+                )
+                .shown(
+                    "destination_principal",
+                    destination.destination_principal.as_ref(),
+                )
+                .shown(
+                    "destination_address",
+                    Some(&destination.destination_address),
+                )
+                .text(
+                    "destination_service_name",
+                    view.destination_service_name.as_deref(),
+                )
+                .text(
+                    "destination_service_namespace",
+                    view.destination_service_namespace.as_deref(),
+                )
+                .shown("original_destination", Some(&view.original_destination))
+                .text(
+                    "connection_security_policy",
+                    Some(view.connection_security_policy.as_str()),
+                )
+                .number("sent_bytes", Some(view.sent_bytes))
+                .number("received_bytes", Some(view.received_bytes))
+                .moment("opened_at", view.opened_at)
+                .seconds("duration_seconds", Some(view.age))
+                .text("close_reason", Some(ended.close_reason.as_str()))
+                .text("reason", ended.reason.map(FailureReason::as_str))
+                .text("detail", ended.detail.as_deref());
+        })
+    }
 }
 
 /// An explanation, cut at the limit.

@@ -90,12 +90,13 @@ impl Party {
     /// that of another.
     #[must_use]
     pub fn of(workload: &Workload, address: SocketAddr) -> Self {
+        let (_, service_account) = workload.identity.shared_names();
         Self {
             workload: Some(workload.workload.clone()),
             version: workload.version.clone(),
             pod: Some(workload.name.clone()),
             namespace: Some(workload.name.namespace.clone()),
-            service_account: Some(workload.identity.service_account().into()),
+            service_account: Some(service_account),
             identity: workload.is_meshed().then(|| workload.identity.clone()),
             address,
         }
@@ -115,9 +116,10 @@ impl Party {
     /// A peer of whom the certificate is known and the pod is not.
     #[must_use]
     pub fn of_identity(identity: &SpiffeId, address: SocketAddr) -> Self {
+        let (namespace, service_account) = identity.shared_names();
         Self {
-            namespace: Some(identity.namespace().into()),
-            service_account: Some(identity.service_account().into()),
+            namespace: Some(namespace),
+            service_account: Some(service_account),
             identity: Some(identity.clone()),
             ..Self::unknown(address)
         }

@@ -7,16 +7,14 @@ use std::io::{self, IsTerminal};
 use clap::ValueEnum;
 use thiserror::Error;
 use tracing::Subscriber;
-use tracing_appender::non_blocking::{ErrorCounter, NonBlockingBuilder, WorkerGuard};
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::filter::ParseError;
 use tracing_subscriber::fmt::MakeWriter;
 use tracing_subscriber::util::{SubscriberInitExt, TryInitError};
 
+use super::line::AccessLines;
+use super::log_queue::{LogQueue, LogThread};
 use super::{Labelled, Telemetry};
-
-/// Lines that may wait to be written; those beyond are dropped and counted.
-const QUEUE: usize = 16_384;
 
 /// What is logged when `RUST_LOG` does not say.
 const DEFAULT_FILTER: &str = "info";
@@ -43,12 +41,15 @@ pub enum LoggingError {
     /// Something in this process logs already.
     #[error("logging was set up before")]
     Twice(#[from] TryInitError),
+    /// There is no thread to write with.
+    #[error("cannot start the thread that writes the log")]
+    Thread(#[from] io::Error),
 }
 
 /// Logging as it was set up. What waits is written when this is dropped: keep it until the end.
 pub struct Logging {
-    _worker: WorkerGuard,
-    dropped: ErrorCounter,
+    _thread: LogThread,
+    queue: LogQueue,
 }
 
 impl Logging {
@@ -59,29 +60,25 @@ impl Logging {
             Err(VarError::NotPresent) => EnvFilter::try_new(DEFAULT_FILTER)?,
             Err(error @ VarError::NotUnicode(_)) => return Err(LoggingError::FilterText(error)),
         };
-        let (writer, worker) = NonBlockingBuilder::default()
-            .buffered_lines_limit(QUEUE)
-            .lossy(true)
-            .finish(io::stdout());
-        let dropped = writer.error_counter();
+        let (queue, thread) = LogQueue::start(io::stdout())?;
         let colours = io::stdout().is_terminal();
-        subscriber(format, filter, writer, colours).try_init()?;
+        subscriber(format, filter, queue.clone(), colours).try_init()?;
         Ok(Self {
-            _worker: worker,
-            dropped,
+            _thread: thread,
+            queue,
         })
     }
 
     /// Shows in the metrics how many lines were dropped.
     pub fn report(&self, telemetry: &Telemetry) {
-        let dropped = self.dropped.clone();
+        let queue = self.queue.clone();
         telemetry.register_counter(
             "undermesh_log_lines_dropped",
             "Log lines that were dropped because the output did not take them",
             move || {
                 vec![Labelled {
                     labels: Vec::new(),
-                    value: dropped.dropped_lines() as u64,
+                    value: queue.dropped(),
                 }]
             },
         );
@@ -101,13 +98,19 @@ where
         .with_env_filter(filter)
         .with_writer(writer);
     match format {
-        LogFormat::Text => Box::new(builder.with_ansi(colours).finish()),
+        LogFormat::Text => Box::new(
+            builder
+                .with_ansi(colours)
+                .map_event_format(|others| AccessLines::new(others, format))
+                .finish(),
+        ),
         LogFormat::Json => Box::new(
             builder
                 .json()
                 .flatten_event(true)
                 .with_current_span(false)
                 .with_span_list(false)
+                .map_event_format(|others| AccessLines::new(others, format))
                 .finish(),
         ),
     }

@@ -18,6 +18,8 @@ mod http;
 mod hub;
 mod info;
 mod labels;
+mod line;
+mod log_queue;
 mod logging;
 mod process;
 mod samples;

@@ -171,7 +171,7 @@ impl DestinationView {
 }
 
 /// A moment as RFC 3339 in UTC.
-pub(super) fn format_rfc3339(moment: SystemTime) -> String {
+fn format_rfc3339(moment: SystemTime) -> String {
     let moment = OffsetDateTime::from(moment);
     // Fails only for years beyond 9999.
     moment
@@ -188,6 +188,6 @@ fn seconds<S: Serializer>(duration: &Duration, serializer: S) -> Result<S::Ok, S
 }
 
 /// Seconds, to the millisecond.
-pub(super) fn rounded_seconds(duration: Duration) -> f64 {
+fn rounded_seconds(duration: Duration) -> f64 {
     (duration.as_secs_f64() * 1_000.0).round() / 1_000.0
 }

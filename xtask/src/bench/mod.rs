@@ -3,6 +3,7 @@
 // The same pictures as the simulation's, without all that it is built of.
 #[path = "../../../simulate/src/canvas.rs"]
 mod canvas;
+mod instructions;
 mod lines;
 mod memory;
 mod plots;
@@ -54,6 +55,13 @@ pub struct Options {
     /// Write docs/performance.md and its plots.
     #[arg(long)]
     report: bool,
+    /// Nothing of all that: counts the instructions of what runs for every connection, and compares
+    /// them with those that are kept.
+    #[arg(long)]
+    instructions: bool,
+    /// Keeps them from now on.
+    #[arg(long, requires = "instructions")]
+    renew: bool,
 }
 
 impl Options {
@@ -111,6 +119,9 @@ pub struct Versions {
 }
 
 pub fn run(options: &Options) -> Result<ExitCode> {
+    if options.instructions {
+        return instructions::run(options.renew);
+    }
     machine::require_root()?;
     ensure!(
         machine::cpus() >= 2,

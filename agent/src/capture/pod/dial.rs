@@ -7,7 +7,7 @@ use std::time::Duration;
 use socket2::Socket;
 use thiserror::Error;
 use tokio::net::TcpStream;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 
 use super::EnrolledPod;
 use crate::capture::counters::Event;
@@ -15,6 +15,7 @@ use crate::capture::kernel::{Intent, KernelError};
 use crate::capture::netns::NetnsError;
 use crate::capture::ports::Choice;
 use crate::capture::sockets::{self, unmapped};
+use crate::capture::stock::Taken;
 
 /// After so long, a delivery that nobody answered tries another port: its tuple may be that of a
 /// real connection, which the app's answer then goes to.
@@ -242,12 +243,30 @@ impl EnrolledPod {
     }
 
     async fn socket(&self, destination: SocketAddr) -> Result<Socket, DialError> {
-        let netns = self.netns.load_full().ok_or(DialError::Gone)?;
         let family = sockets::family(destination.ip());
-        self.worker
-            .run(&netns, move || sockets::new_socket(family))
-            .await?
-            .map_err(|error| dial_error(destination, error))
+        let Taken { socket, batch } = self.stock.take(family, Instant::now());
+        let netns = self.netns.load_full().ok_or(DialError::Gone)?;
+        let made = match (socket, batch) {
+            (Some(socket), None) => return Ok(socket),
+            (Some(socket), Some(batch)) => {
+                self.worker.submit(&netns, move || batch.make());
+                return Ok(socket);
+            }
+            (None, Some(batch)) => {
+                let make = move || batch.make_with_first();
+                self.worker.run(&netns, make).await?
+            }
+            (None, None) => {
+                // When it is this one's turn, what others asked for is there.
+                let stock = self.stock.clone();
+                let make = move || match stock.left(family) {
+                    Some(socket) => Ok(socket),
+                    None => sockets::new_socket(family),
+                };
+                self.worker.run(&netns, make).await?
+            }
+        };
+        made.map_err(|error| dial_error(destination, error))
     }
 
     /// Sends the SYN. By the time connect(2) returns, the hooks have run: the kernel side need not

@@ -19,6 +19,7 @@ use super::netns::{Netns, NetnsWorker};
 use super::ports::SourcePorts;
 use super::share::{Full, PodShare, Slot};
 use super::sockets::PodAddresses;
+use super::stock::Stock;
 use crate::mesh::Workload;
 
 mod dial;
@@ -34,6 +35,7 @@ pub struct EnrolledPod {
     netns: ArcSwapOption<Netns>,
     kernel: Arc<Kernel>,
     worker: NetnsWorker,
+    stock: Arc<Stock>,
     ports: SourcePorts,
     live: TaskTracker,
     share: Arc<PodShare>,
@@ -159,6 +161,7 @@ impl EnrolledPod {
             worker: parts.worker,
             ports: parts.ports,
             live: TaskTracker::new(),
+            stock: Stock::new(parts.share.clone(), parts.counters.clone()),
             share: parts.share,
             refused: Default::default(),
             backlogs: Backlogs::default(),
@@ -204,10 +207,16 @@ impl EnrolledPod {
         self.live.wait().await;
     }
 
+    /// Closes sockets that nobody needs. To be called now and then.
+    pub(super) fn tend(&self) {
+        self.stock.tend();
+    }
+
     /// Lets go of the namespace.
     pub(super) fn release(&self) {
         self.gone.cancel();
         self.cut.cancel();
         self.netns.store(None);
+        self.stock.close();
     }
 }

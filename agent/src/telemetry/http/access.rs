@@ -7,64 +7,98 @@ use super::record::{RequestRecord, Times};
 use super::requester::Scope;
 use super::{AttemptView, RequestEnd, ResponseFlag};
 use crate::telemetry::ACCESS_LOG_TARGET;
-use crate::telemetry::access_log::shown;
-use crate::telemetry::view::{format_rfc3339, rounded_seconds};
+use crate::telemetry::line::Line;
 
 /// How much of a path or a host is written, in bytes.
 const TEXT_LIMIT: usize = 1_024;
 
-/// Writes the line. As in that of a connection all text goes in as `&str`, so that it is quoted and
-/// escaped: what a peer put into a path or a host cannot forge a line.
+/// Writes the line.
 pub(super) fn write(record: &RequestRecord, scope: &Scope, times: Times, end: RequestEnd) {
-    if !tracing::enabled!(target: ACCESS_LOG_TARGET, tracing::Level::INFO) {
-        return;
+    let ended = Ended {
+        record,
+        scope,
+        times,
+        end,
+    };
+    tracing::info!(target: ACCESS_LOG_TARGET, line = ?ended);
+}
+
+/// The line of a request.
+struct Ended<'a> {
+    record: &'a RequestRecord,
+    scope: &'a Scope,
+    times: Times,
+    end: RequestEnd,
+}
+
+impl fmt::Debug for Ended<'_> {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self {
+            record,
+            scope,
+            times,
+            end,
+        } = self;
+        let requester = &record.requester;
+        let (source, destination) = (&requester.source, &scope.destination);
+        let (service, info) = (scope.service.as_ref(), &record.info);
+        let path = info.path.as_ref().map(|path| path.path());
+        Line::write(out, "request ended", |line| {
+            line.number("connection", Some(requester.connection))
+                .text("request_id", info.request_id.as_deref().map(bounded))
+                .text("direction", Some(requester.direction.as_str()))
+                .text("source_workload", source.workload.as_deref())
+                .text("source_workload_namespace", source.namespace.as_deref())
+                .text("source_version", source.version.as_deref())
+                .shown("source_pod", source.pod.as_ref())
+                .shown("source_principal", source.identity.as_ref())
+                .shown("source_address", Some(&source.address))
+                .text("destination_workload", destination.workload.as_deref())
+                .text(
+                    "destination_workload_namespace",
+                    destination.namespace.as_deref(),
+                )
+                .text("destination_version", destination.version.as_deref())
+                .shown("destination_pod", destination.pod.as_ref())
+                .shown("destination_principal", destination.identity.as_ref())
+                .shown("destination_address", Some(&destination.address))
+                .text(
+                    "destination_service_name",
+                    service.map(|service| &*service.name),
+                )
+                .text(
+                    "destination_service_namespace",
+                    service.map(|service| &*service.namespace),
+                )
+                .text("route", scope.route.as_deref())
+                .text("connection_security_policy", Some(scope.security.as_str()))
+                .text("request_protocol", Some(info.protocol.as_str()))
+                .text("method", Some(bounded(info.method.as_str())))
+                .text("host", info.host.as_deref().map(bounded))
+                .text("path", path.map(bounded))
+                .number("status", record.status)
+                .number("grpc_status", record.grpc_status)
+                .text("flag", record.flag.map(ResponseFlag::as_str))
+                .number("attempts", Some(record.attempts_total))
+                .text("attempt_history", history(&record.attempts).as_deref())
+                .number(
+                    "sent_bytes",
+                    Some(record.bytes.sent.load(Ordering::Relaxed)),
+                )
+                .number(
+                    "received_bytes",
+                    Some(record.bytes.received.load(Ordering::Relaxed)),
+                )
+                .moment("started_at", record.started_at)
+                .seconds("queue_seconds", Some(times.queue))
+                .seconds("connect_seconds", Some(times.connect))
+                .seconds("first_byte_seconds", times.first_byte)
+                .seconds("body_seconds", times.body)
+                .seconds("duration_seconds", Some(times.total))
+                .text("end", Some(end.as_str()))
+                .text("detail", record.detail.as_deref());
+        })
     }
-    let requester = &record.requester;
-    let (source, destination) = (&requester.source, &scope.destination);
-    let service = scope.service.as_ref();
-    let path = record.info.path.as_ref().map(|path| path.path());
-    tracing::info!(
-        target: ACCESS_LOG_TARGET,
-        connection = requester.connection,
-        request_id = record.info.request_id.as_deref().map(bounded),
-        direction = requester.direction.as_str(),
-        source_workload = source.workload.as_deref(),
-        source_workload_namespace = source.namespace.as_deref(),
-        source_version = source.version.as_deref(),
-        source_pod = shown(source.pod.as_ref()).as_deref(),
-        source_principal = shown(source.identity.as_ref()).as_deref(),
-        source_address = source.address.to_string().as_str(),
-        destination_workload = destination.workload.as_deref(),
-        destination_workload_namespace = destination.namespace.as_deref(),
-        destination_version = destination.version.as_deref(),
-        destination_pod = shown(destination.pod.as_ref()).as_deref(),
-        destination_principal = shown(destination.identity.as_ref()).as_deref(),
-        destination_address = destination.address.to_string().as_str(),
-        destination_service_name = service.map(|service| &*service.name),
-        destination_service_namespace = service.map(|service| &*service.namespace),
-        route = scope.route.as_deref(),
-        connection_security_policy = scope.security.as_str(),
-        request_protocol = record.info.protocol.as_str(),
-        method = bounded(record.info.method.as_str()),
-        host = record.info.host.as_deref().map(bounded),
-        path = path.map(bounded),
-        status = record.status,
-        grpc_status = record.grpc_status,
-        flag = record.flag.map(ResponseFlag::as_str),
-        attempts = record.attempts_total,
-        attempt_history = history(&record.attempts).as_deref(),
-        sent_bytes = record.bytes.sent.load(Ordering::Relaxed),
-        received_bytes = record.bytes.received.load(Ordering::Relaxed),
-        started_at = format_rfc3339(record.started_at).as_str(),
-        queue_seconds = rounded_seconds(times.queue),
-        connect_seconds = rounded_seconds(times.connect),
-        first_byte_seconds = times.first_byte.map(rounded_seconds),
-        body_seconds = times.body.map(rounded_seconds),
-        duration_seconds = rounded_seconds(times.total),
-        end = end.as_str(),
-        detail = record.detail.as_deref(),
-        "request ended"
-    );
 }
 
 /// The attempts, if there were several or the only one failed: of others the rest of the line
