@@ -26,7 +26,7 @@ use crate::capture::{
 };
 use crate::cli::CONTROL_SOCKET;
 use crate::discovery::files::{FileSource, FileSourceError, FileSourceOptions};
-use crate::fairness::{self, Fairness, Monotonic, Payer, QuotaLimits, Quotas, Turns};
+use crate::fairness::{self, Fairness, MachineClock, Payer, QuotaLimits, Quotas, Turns};
 use crate::handover::{Giver, HandoverError};
 use crate::http::{HttpCounters, UpstreamPool};
 use crate::identity::{
@@ -241,7 +241,7 @@ pub async fn run(
         .runtimes()
         .map(|worker| {
             let _on = worker.enter();
-            Fairness::start(Monotonic::default(), background.clone())
+            Fairness::start(MachineClock::default(), background.clone())
         })
         .collect();
     let pool = Pool::new(PoolOptions::default());

@@ -8,8 +8,9 @@ use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::task::Waker;
 use std::time::Duration;
 
-/// What a pod may use of the workers before others have their turn.
-pub(super) const QUANTUM: Duration = Duration::from_micros(500);
+/// What a pod may use of a worker before others have their turn: a few turns of a task. A request takes some ten turns
+/// on both nodes, and may wait for a quantum of each busy pod before each of them.
+pub(super) const QUANTUM: Duration = Duration::from_micros(100);
 
 /// Work that waits for longer than this, and never for less in a whole [`OVERDUE_FOR`], is more than the share can
 /// carry (the rule of CoDel, RFC 8289, with bounds of a request's scale). New requests are shed then.

@@ -7,7 +7,7 @@ mod ledger;
 mod quota;
 mod turns;
 
-pub use clock::{Clock, Monotonic};
+pub use clock::{Clock, MachineClock};
 pub use current::{Executor, is_overdue, spawn};
 pub use quota::{Quota, QuotaLimits, Quotas, Reserved, Unserved};
 pub use turns::{Client, Fairness, Payer, Turns};
