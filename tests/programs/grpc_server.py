@@ -24,7 +24,8 @@ def count(name):
 
 def unary(request, context):
     count("unary")
-    context.set_trailing_metadata((("served-by", NAME),))
+    seen = dict(context.invocation_metadata())
+    context.set_trailing_metadata((("served-by", NAME), ("saw-route", seen.get("x-route", ""))))
     return request
 
 

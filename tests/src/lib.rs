@@ -24,6 +24,7 @@ pub mod apps;
 pub mod cells;
 pub mod cgroup;
 pub mod connects;
+pub mod curl;
 pub mod envoy;
 pub mod figures;
 pub mod hostile;

@@ -18,6 +18,7 @@ use super::body::ProxyBody;
 use super::counters::{Flood, HttpCounters};
 use super::guard::BadRequest;
 use super::h2::{SEND_BUFFER, STREAM_WINDOW};
+use super::refused::Refusals;
 use super::server::{Desk, ResetNow, ServedEnd, ServerLimits};
 use super::upgrade;
 use super::watch::{Shared, Watched};
@@ -29,6 +30,7 @@ pub(super) struct Care<'a> {
     pub(super) shared: &'a Arc<Shared>,
     pub(super) limits: &'a ServerLimits,
     pub(super) counters: &'a Arc<HttpCounters>,
+    pub(super) refusals: &'a Refusals,
     pub(super) drain: &'a CancellationToken,
     pub(super) stop: &'a CancellationToken,
 }
@@ -270,8 +272,8 @@ impl Care<'_> {
             None if error.is_parse_too_large() => BadRequest::HeadTooLarge,
             None => BadRequest::Unparsable,
         };
-        self.counters.bad_request(bad);
-        tracing::debug!(reason = bad.as_str(), %error, "request refused");
+        self.refusals.unread(bad);
+        tracing::debug!(%error, "request not read");
         true
     }
 }

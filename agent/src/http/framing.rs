@@ -7,6 +7,8 @@
 /// What a parser behind us could understand differently.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Violation {
+    /// A target with a fragment (RFC 9112 §3.2), which hyper cuts off without a word.
+    Target,
     /// `Transfer-Encoding` and `Content-Length` in one head, in any order (RFC 9112 §6.1).
     BothLengths,
     /// Two `Content-Length` that differ, or one that is no number.
@@ -116,11 +118,13 @@ impl Framing {
                         if self.state == State::Between && bytes.iter().any(|byte| *byte != b'\r') {
                             self.state = State::FirstLine;
                         }
+                        self.look_for_fragment(bytes);
                         self.keep(bytes);
                         return;
                     };
                     let (line, rest) = (&bytes[..end], &bytes[end + 1..]);
                     bytes = rest;
+                    self.look_for_fragment(line);
                     if self.line.is_empty() {
                         self.line_ended(trimmed(line));
                     } else {
@@ -133,6 +137,13 @@ impl Framing {
                     }
                 }
             }
+        }
+    }
+
+    fn look_for_fragment(&mut self, part: &[u8]) {
+        let is_first = matches!(self.state, State::Between | State::FirstLine);
+        if is_first && part.contains(&b'#') {
+            self.violated(Violation::Target);
         }
     }
 

@@ -19,6 +19,10 @@ pub enum BadRequest {
     HeadTooLarge,
     /// A target longer than 64 KiB.
     UriTooLong,
+    /// A target in a form that is not for its method, or with a fragment.
+    TargetInvalid,
+    /// A value of HTTP/2 with white space at its beginning or end.
+    ValuePadded,
     /// `Transfer-Encoding` and `Content-Length`.
     BothLengths,
     /// A `Content-Length` that is no number, or two that differ.
@@ -43,10 +47,12 @@ pub enum BadRequest {
 
 impl BadRequest {
     /// All of them, in the order of their declaration.
-    pub const ALL: [Self; 13] = [
+    pub const ALL: [Self; 15] = [
         Self::Unparsable,
         Self::HeadTooLarge,
         Self::UriTooLong,
+        Self::TargetInvalid,
+        Self::ValuePadded,
         Self::BothLengths,
         Self::ContentLength,
         Self::TransferEncoding,
@@ -66,6 +72,8 @@ impl BadRequest {
             Self::Unparsable => "unparsable",
             Self::HeadTooLarge => "head_too_large",
             Self::UriTooLong => "uri_too_long",
+            Self::TargetInvalid => "target_invalid",
+            Self::ValuePadded => "value_padded",
             Self::BothLengths => "both_lengths",
             Self::ContentLength => "content_length",
             Self::TransferEncoding => "transfer_encoding",
@@ -92,9 +100,21 @@ impl BadRequest {
     }
 }
 
+impl BadRequest {
+    /// What hyper found, which answers with this status.
+    pub(super) fn of_status(status: StatusCode) -> Self {
+        match status {
+            StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE => Self::HeadTooLarge,
+            StatusCode::URI_TOO_LONG => Self::UriTooLong,
+            _ => Self::Unparsable,
+        }
+    }
+}
+
 impl From<Violation> for BadRequest {
     fn from(violation: Violation) -> Self {
         match violation {
+            Violation::Target => Self::TargetInvalid,
             Violation::BothLengths => Self::BothLengths,
             Violation::ContentLength => Self::ContentLength,
             Violation::TransferEncoding => Self::TransferEncoding,
@@ -110,6 +130,9 @@ pub(super) fn check(head: &mut request::Parts) -> Result<(), BadRequest> {
         return Err(BadRequest::Connect);
     }
     check_expect(&head.headers)?;
+    if head.uri.path() == "*" && head.method != Method::OPTIONS {
+        return Err(BadRequest::TargetInvalid);
+    }
     match head.version {
         Version::HTTP_2 => check_h2(head),
         _ => check_h1(head),
@@ -137,6 +160,10 @@ fn check_h1(head: &mut request::Parts) -> Result<(), BadRequest> {
     let Some(authority) = head.uri.authority() else {
         return Ok(());
     };
+    // RFC 9112 §3.2.3: an authority alone is for CONNECT.
+    if head.uri.scheme().is_none() {
+        return Err(BadRequest::TargetInvalid);
+    }
     match host {
         Some(host) if !same_host(host.as_bytes(), authority.as_str().as_bytes()) => {
             return Err(BadRequest::HostMismatch);
@@ -150,6 +177,9 @@ fn check_h1(head: &mut request::Parts) -> Result<(), BadRequest> {
 }
 
 fn check_h2(head: &mut request::Parts) -> Result<(), BadRequest> {
+    if head.headers.values().any(is_padded) {
+        return Err(BadRequest::ValuePadded);
+    }
     let host = host(&head.headers)?;
     match (head.uri.authority(), host) {
         (None, None) => return Err(BadRequest::HostMissing),
@@ -175,6 +205,12 @@ fn check_h2(head: &mut request::Parts) -> Result<(), BadRequest> {
     }
     head.headers.remove(HOST);
     Ok(())
+}
+
+/// RFC 9113 §8.2.1 forbids what HTTP/1 strips (RFC 9112 §5.1), so that others may strip it or not.
+fn is_padded(value: &HeaderValue) -> bool {
+    let is_space = |byte: Option<&u8>| matches!(byte, Some(b' ' | b'\t'));
+    is_space(value.as_bytes().first()) || is_space(value.as_bytes().last())
 }
 
 fn host(headers: &HeaderMap) -> Result<Option<&HeaderValue>, BadRequest> {

@@ -10,12 +10,13 @@ use std::task::{Context, Poll, Waker, ready};
 use std::time::Duration;
 
 use bytes::Bytes;
-use http::header::EXPECT;
+use http::header::{CONTENT_LENGTH, EXPECT, TRANSFER_ENCODING};
 use http::{Request, Response, StatusCode};
 use hyper::body::Incoming;
 use hyper::body::{Body, Frame, SizeHint};
 use hyper::client::conn::http1::{Builder, Connection, SendRequest};
 use hyper_util::rt::TokioIo;
+use thiserror::Error;
 use tokio::time::{Instant, sleep};
 
 use super::body::BodyError;
@@ -174,6 +175,11 @@ impl H1 {
         if answer.status() == StatusCode::SWITCHING_PROTOCOLS {
             return self.switch(answer).await;
         }
+        // hyper goes by the chunks; another parser may go by the length.
+        let headers = answer.headers();
+        if headers.contains_key(TRANSFER_ENCODING) && headers.contains_key(CONTENT_LENGTH) {
+            return Err(SendError::Malformed(Box::new(BothLengths)));
+        }
         let (head, incoming) = answer.into_parts();
         let body = H1Body::new(incoming, self, home, tail.as_ref());
         Ok(Response::from_parts(
@@ -219,6 +225,11 @@ fn hold_back(request: &mut Request<ReplayBody>) -> Option<Arc<Gate>> {
     });
     Some(gate)
 }
+
+/// An answer whose end two parsers could see in two places (RFC 9112 §6.3).
+#[derive(Debug, Error)]
+#[error("`Transfer-Encoding` and `Content-Length` in one answer")]
+struct BothLengths;
 
 fn failure(error: hyper::Error) -> SendError {
     if error.is_user() {

@@ -97,7 +97,9 @@ fn is_request_id(id: &[u8]) -> bool {
 /// as they are.
 pub fn to_upstream(head: &mut request::Parts, client: &ClientView, id: &RequestId) {
     let http1 = head.version != Version::HTTP_2;
-    let upgrade = http1.then(|| upgrade(&head.headers)).flatten();
+    // What HTTP/1.0 asks for of that kind is ignored (RFC 9110 §7.8).
+    let upgrade = (head.version == Version::HTTP_11).then(|| upgrade(&head.headers));
+    let upgrade = upgrade.flatten();
     let trailers = wants_trailers(&head.headers);
     remove_hop_by_hop(&mut head.headers);
     head.headers.remove(PROXY_AUTHORIZATION);
@@ -106,10 +108,11 @@ pub fn to_upstream(head: &mut request::Parts, client: &ClientView, id: &RequestI
             .insert(TE, HeaderValue::from_static("trailers"));
     }
     match (upgrade, trailers && http1) {
-        (Some(protocol), _) => {
+        (Some(protocol), te) => {
             head.headers.insert(UPGRADE, protocol);
-            let upgrade = HeaderValue::from_static("upgrade");
-            head.headers.insert(CONNECTION, upgrade);
+            let fields = if te { "upgrade, te" } else { "upgrade" };
+            let fields = HeaderValue::from_static(fields);
+            head.headers.insert(CONNECTION, fields);
         }
         (None, true) => {
             head.headers

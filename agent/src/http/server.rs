@@ -21,11 +21,11 @@ use super::care::Care;
 use super::counters::HttpCounters;
 use super::guard::{self, BadRequest};
 use super::io::HttpIo;
-use super::respond::own_response;
+use super::refused::Refusals;
 use super::upgrade::Switched;
 use super::watch::{Active, Shared, Watched};
 use crate::relay::{Ended, Peer};
-use crate::telemetry::ByteCount;
+use crate::telemetry::{ByteCount, Requester};
 
 /// Which HTTP is spoken on a connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
@@ -122,9 +122,14 @@ where
 {
     let shared = Shared::new(context.bytes);
     context.counters.connection();
+    let refusals = Refusals {
+        counters: context.counters.clone(),
+        requester: context.requester,
+    };
     let desk = Desk {
         shared: shared.clone(),
         counters: context.counters.clone(),
+        refusals: refusals.clone(),
         requests: context.limits.requests,
         service,
     };
@@ -133,6 +138,7 @@ where
         shared: &shared,
         limits: context.limits,
         counters: context.counters,
+        refusals: &refusals,
         // Tokens of its own: waiting on a token that many share takes its lock at each poll.
         drain: &drain.child_token(),
         stop: &stop.child_token(),
@@ -155,12 +161,15 @@ pub struct ServerContext<'a> {
     pub counters: &'a Arc<HttpCounters>,
     /// Where its bytes are counted.
     pub bytes: Arc<ByteCount>,
+    /// Whose requests these are: where those are told of that never reach the service.
+    pub requester: Option<Arc<Requester>>,
 }
 
 /// Where requests arrive.
 pub(super) struct Desk<S> {
     shared: Arc<Shared>,
     counters: Arc<HttpCounters>,
+    refusals: Refusals,
     requests: Option<u64>,
     service: S,
 }
@@ -198,9 +207,7 @@ where
                 (self.shared.clone(), Ok((self.service)(request)))
             }
             Err(bad) => {
-                self.counters.bad_request(bad);
-                tracing::debug!(reason = bad.as_str(), "request refused");
-                let answer = own_response(&head.headers, bad.status(), bad.as_str());
+                let answer = self.refusals.refuse(bad, &head);
                 (self.shared.clone(), Err(answer))
             }
         };

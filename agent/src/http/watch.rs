@@ -3,8 +3,8 @@
 use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
-use std::task::{Context, Poll};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
+use std::task::{Context, Poll, ready};
 
 use parking_lot::Mutex;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
@@ -12,6 +12,7 @@ use tokio::time::Instant;
 
 use super::framing::Framing;
 use super::io::HttpIo;
+use super::refused::OwnWords;
 use super::server::Wire;
 use super::upgrade::Raw;
 use crate::telemetry::ByteCount;
@@ -27,6 +28,8 @@ pub(super) struct Shared {
     pub(super) switched: Mutex<Option<Raw>>,
     /// Requests that reached the service.
     pub(super) requests: AtomicU64,
+    /// Of HTTP/1: from a request to the last byte of its answer.
+    answering: AtomicBool,
     pub(super) bytes: Arc<ByteCount>,
 }
 
@@ -63,15 +66,24 @@ impl Shared {
             }),
             switched: Mutex::new(None),
             requests: AtomicU64::new(0),
+            answering: AtomicBool::new(false),
             bytes,
         })
     }
 
     pub(super) fn begin(self: &Arc<Self>) -> Active {
         self.usage.lock().active += 1;
+        self.answering.store(true, Ordering::Relaxed);
         Active {
             shared: self.clone(),
             answered: false,
+        }
+    }
+
+    /// All that was to be written has been.
+    fn flushed(&self) {
+        if self.answering.load(Ordering::Relaxed) && self.usage.lock().active == 0 {
+            self.answering.store(false, Ordering::Relaxed);
         }
     }
 
@@ -99,6 +111,8 @@ pub(super) struct Watched {
     shared: Arc<Shared>,
     /// For HTTP/2; HTTP/1 is followed in [`Shared::framing`].
     frames: Option<Frames>,
+    /// In place of what hyper says by itself.
+    own: Option<OwnWords>,
 }
 
 /// Walks over the frames of a client that speaks HTTP/2 (RFC 9113 §4.1).
@@ -150,6 +164,7 @@ impl Watched {
             io,
             shared,
             frames: (wire == Wire::Http2).then(Frames::new),
+            own: None,
         }
     }
 
@@ -157,11 +172,42 @@ impl Watched {
         self.io
     }
 
+    /// What hyper writes while no answer is under way is a refusal of its own, which does not say
+    /// why: ours is written in its place.
+    fn in_own_words(&mut self, bytes: &[u8]) -> Option<&mut OwnWords> {
+        if self.own.is_none()
+            && self.frames.is_none()
+            && !self.shared.answering.load(Ordering::Relaxed)
+        {
+            let found = self.shared.framing.lock().found();
+            self.own = OwnWords::in_place_of(bytes, found);
+        }
+        self.own.as_mut()
+    }
+
     fn wrote(&self, written: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
         if let Poll::Ready(Ok(bytes)) = &written {
             self.shared.bytes.add_sent(*bytes as u64);
         }
         written
+    }
+}
+
+impl Watched {
+    fn poll_own_words(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        while let Some(left) = self
+            .own
+            .as_ref()
+            .map(OwnWords::left)
+            .filter(|left| !left.is_empty())
+        {
+            let written = ready!(Pin::new(&mut self.io).poll_write(cx, left))?;
+            self.shared.bytes.add_sent(written as u64);
+            if let Some(own) = &mut self.own {
+                own.advance(written);
+            }
+        }
+        Poll::Ready(Ok(()))
     }
 }
 
@@ -197,6 +243,10 @@ impl AsyncWrite for Watched {
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
         let this = self.get_mut();
+        if this.in_own_words(bytes).is_some() {
+            ready!(this.poll_own_words(cx))?;
+            return Poll::Ready(Ok(bytes.len()));
+        }
         let written = Pin::new(&mut this.io).poll_write(cx, bytes);
         this.wrote(written)
     }
@@ -207,6 +257,13 @@ impl AsyncWrite for Watched {
         slices: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
         let this = self.get_mut();
+        let first = slices.iter().find(|slice| !slice.is_empty());
+        if let Some(first) = first
+            && this.in_own_words(first).is_some()
+        {
+            ready!(this.poll_own_words(cx))?;
+            return Poll::Ready(Ok(first.len()));
+        }
         let written = Pin::new(&mut this.io).poll_write_vectored(cx, slices);
         this.wrote(written)
     }
@@ -216,7 +273,10 @@ impl AsyncWrite for Watched {
     }
 
     fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.get_mut().io).poll_flush(cx)
+        let this = self.get_mut();
+        // It is asked for when nothing is left to write.
+        this.shared.flushed();
+        Pin::new(&mut this.io).poll_flush(cx)
     }
 
     fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {

@@ -6,7 +6,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use http::{HeaderMap, Request, Response, StatusCode, Version, request};
+use http::{HeaderMap, Request, Response, StatusCode, request};
 use hyper::body::Incoming;
 use tokio::net::TcpStream;
 use tokio_util::sync::CancellationToken;
@@ -15,13 +15,10 @@ use super::gate::{Caller, Refused, RequestGate};
 use crate::http::{
     BodyEnd, BodyWatch, ClientView, Connected, Dialect, HttpCounters, HttpIo, PoolLimits,
     ProxyBody, Replay, RequestId, ResetNow, SendError, Served, ServerContext, ServerLimits, Side,
-    Terms, Upstreams, Wire, own_response_in, serve_http, to_downstream, to_upstream,
+    Terms, Upstreams, Wire, own_response_in, request_info, serve_http, to_downstream, to_upstream,
 };
 use crate::mesh::Workload;
-use crate::telemetry::{
-    ByteCount, HttpProtocol, RequestEnd, RequestInfo, RequestRecord, Requester, ResponseFlag,
-    Security,
-};
+use crate::telemetry::{ByteCount, RequestEnd, RequestRecord, Requester, ResponseFlag, Security};
 
 const GRPC_STATUS: &str = "grpc-status";
 
@@ -97,6 +94,7 @@ pub(super) async fn serve<R: Redial>(
         limits: &service.limits,
         counters: &service.counters,
         bytes,
+        requester: Some(visit.requester.clone()),
     };
     let answer = move |request| visit.clone().answer(request);
     Ok(serve_http(client, wire, context, answer, stops.drain, stops.gone).await)
@@ -119,7 +117,7 @@ impl<R: Redial> Visit<R> {
         let (mut head, body) = request.into_parts();
         let id = RequestId::of(&head.headers);
         let dialect = Dialect::of(&head.headers);
-        let mut record = self.requester.request(info(&head, dialect, &id));
+        let mut record = self.requester.request(request_info(&head, dialect, &id));
         record.endpoint(self.app, Some(&self.workload), self.security);
         if let Err(refused) = self.gate.admit(&head, &self.caller) {
             return Ok(refuse(record, dialect, &refused));
@@ -183,29 +181,6 @@ impl<R: Redial> Visit<R> {
         let lease = self.upstreams.get(&Terms::default(), connect).await?;
         let request = Request::from_parts(head, replay.attempt());
         Ok(lease.send(request).await?)
-    }
-}
-
-fn info(head: &request::Parts, dialect: Dialect, id: &RequestId) -> RequestInfo {
-    let host = match head.version {
-        Version::HTTP_2 => head.uri.authority().map(|host| host.as_str().into()),
-        _ => head
-            .headers
-            .get(http::header::HOST)
-            .and_then(|host| host.to_str().ok())
-            .map(Into::into),
-    };
-    RequestInfo {
-        method: head.method.clone(),
-        protocol: match (head.version, dialect) {
-            (Version::HTTP_2, Dialect::Grpc) => HttpProtocol::Grpc,
-            (Version::HTTP_2, Dialect::Http) => HttpProtocol::Http2,
-            (Version::HTTP_10, _) => HttpProtocol::Http10,
-            _ => HttpProtocol::Http11,
-        },
-        host,
-        path: head.uri.path_and_query().cloned(),
-        request_id: Some(id.as_str().into()),
     }
 }
 

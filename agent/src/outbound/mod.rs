@@ -196,6 +196,7 @@ impl Outbound {
             peer,
             reached: Mutex::new(Some(reached)),
         };
+        let refused = requester.clone();
         let caller = Caller {
             workload,
             source: SourceId(pod.netns_cookie()),
@@ -213,6 +214,7 @@ impl Outbound {
             limits: &self.limits,
             counters: &self.counters,
             bytes: connection.bytes().clone(),
+            requester: Some(refused),
         };
         let service = move |request| client.clone().serve(request);
         let drain = self.drain.child_token();

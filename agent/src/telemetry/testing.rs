@@ -3,9 +3,10 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::net::SocketAddr;
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 
 use parking_lot::Mutex;
+use tracing::Dispatch;
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::fmt::MakeWriter;
 
@@ -85,10 +86,16 @@ impl<'a> MakeWriter<'a> for Written {
     }
 }
 
+/// A second subscriber, which hears nothing. While there is only one, whether a place in the code
+/// logs is decided for good by the thread that comes there first, and that may be one of a test
+/// without any.
+static SECOND: LazyLock<Dispatch> = LazyLock::new(|| Dispatch::new(tracing_subscriber::registry()));
+
 /// What is logged meanwhile.
 pub(crate) fn logged(format: LogFormat, filter: &str, act: impl FnOnce()) -> String {
     let written = Written::default();
     let filter = EnvFilter::try_new(filter).unwrap();
+    LazyLock::force(&SECOND);
     let subscriber = subscriber(format, filter, written.clone(), false);
     tracing::subscriber::with_default(subscriber, act);
     String::from_utf8(written.0.lock().clone()).unwrap()

@@ -18,6 +18,8 @@ pub use serve::run as run_web;
 
 /// Header in which a server says its name.
 pub const SERVED_BY: &str = "x-served-by";
+/// Header in which a server says which path it was asked for.
+pub const ASKED_FOR: &str = "x-asked-for";
 /// Header in which the mesh says why an answer is its own.
 pub const REASON: &str = "x-undermesh-reason";
 /// Header in which the mesh numbers the attempts of a request.

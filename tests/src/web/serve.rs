@@ -20,7 +20,7 @@ use tokio_util::sync::CancellationToken;
 use super::behaviour::{self, Behaviour, Fate};
 use super::options::WebOptions;
 use super::report::{WebReport, count};
-use super::{ATTEMPT, SERVED_BY};
+use super::{ASKED_FOR, ATTEMPT, SERVED_BY};
 use crate::traffic;
 
 struct Server {
@@ -117,6 +117,7 @@ impl Server {
             cut.cancel();
             return std::future::pending().await;
         }
+        let path = request.uri().path().parse();
         let mut body = request.into_body();
         while let Some(Ok(frame)) = body.frame().await {
             let length = frame.data_ref().map_or(0, Bytes::len);
@@ -133,8 +134,11 @@ impl Server {
         let mut response = Response::new(Full::new(Bytes::from(vec![b'.'; behaviour.body])));
         *response.status_mut() =
             StatusCode::from_u16(status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
-        if let Ok(name) = self.name.parse() {
-            response.headers_mut().insert(SERVED_BY, name);
+        let said = [(SERVED_BY, self.name.parse()), (ASKED_FOR, path)];
+        for (name, value) in said {
+            if let Ok(value) = value {
+                response.headers_mut().insert(name, value);
+            }
         }
         Ok(response)
     }

@@ -23,10 +23,30 @@ where
     Upstream::new(move |stream| {
         let handle = handle.clone();
         async move {
-            let mut connection = ::h2::server::handshake(stream).await.unwrap();
+            // One whose request never came may be gone before its preface.
+            let Ok(mut connection) = ::h2::server::handshake(stream).await else {
+                return;
+            };
             while let Some(Ok((request, respond))) = connection.accept().await {
                 tokio::spawn(handle(request, respond));
             }
+        }
+    })
+    .await
+}
+
+/// Answers every request with 200 and the same body, once its own body has ended.
+pub(super) async fn answering(answer: &'static [u8]) -> Upstream {
+    upstream(move |request, mut respond| async move {
+        let mut body = request.into_body();
+        while let Some(Ok(data)) = body.data().await {
+            let _ = body.flow_control().release_capacity(data.len());
+        }
+        if body.trailers().await.is_err() {
+            return;
+        }
+        if let Ok(mut stream) = respond.send_response(Response::new(()), false) {
+            write(&mut stream, Bytes::from_static(answer), true).await;
         }
     })
     .await
@@ -422,60 +442,6 @@ async fn a_drain_lets_streams_end_and_takes_no_new_ones() {
     assert_eq!(read(&mut body).await.unwrap(), b"done");
     drop(body);
     assert_eq!(proxy.ended().await.end, ServedEnd::InOrder);
-}
-
-/// Frames by hand, for what the crate h2 does not send.
-mod raw {
-    use tokio::io::AsyncReadExt;
-    use tokio::net::TcpStream;
-    use tokio::time::timeout;
-
-    use super::FAR;
-
-    pub const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0";
-
-    pub fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
-        let mut frame = (payload.len() as u32).to_be_bytes()[1..].to_vec();
-        frame.extend([kind, flags]);
-        frame.extend(stream.to_be_bytes());
-        frame.extend(payload);
-        frame
-    }
-
-    /// Kind, stream and payload of the next frame; none at the end of the connection.
-    pub async fn read(stream: &mut TcpStream) -> Option<(u8, u32, Vec<u8>)> {
-        let mut head = [0; 9];
-        timeout(FAR, stream.read_exact(&mut head))
-            .await
-            .unwrap()
-            .ok()?;
-        let length = u32::from_be_bytes([0, head[0], head[1], head[2]]);
-        let mut payload = vec![0; length as usize];
-        stream.read_exact(&mut payload).await.ok()?;
-        let id = u32::from_be_bytes([head[5], head[6], head[7], head[8]]);
-        Some((head[3], id, payload))
-    }
-
-    pub async fn read_until_headers(stream: &mut TcpStream) {
-        let mut preface = [0; 24];
-        stream.read_exact(&mut preface).await.unwrap();
-        while !matches!(read(stream).await.unwrap(), (1, ..)) {}
-    }
-
-    /// `POST http://shop/`, in HPACK (RFC 7541).
-    pub fn request() -> Vec<u8> {
-        let mut block = vec![0x83, 0x86, 0x84, 0x41, 4];
-        block.extend(b"shop");
-        block
-    }
-
-    pub fn field(name: &[u8], value: &[u8]) -> Vec<u8> {
-        let mut field = vec![0, name.len() as u8];
-        field.extend(name);
-        field.push(value.len() as u8);
-        field.extend(value);
-        field
-    }
 }
 
 /// Sends raw frames until the connection ends; answers how it did.

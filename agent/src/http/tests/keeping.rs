@@ -332,6 +332,7 @@ async fn incoming(chunks: &'static [&'static str]) -> (Incoming, TcpStream) {
             limits: &ServerLimits::default(),
             counters: &counters,
             bytes: Arc::new(ByteCount::default()),
+            requester: None,
         };
         let service = move |request| {
             sender.send(request).unwrap();

@@ -1,9 +1,11 @@
 //! A small proxy out of this folder's parts, between real clients and servers over loopback.
 
+mod conformance;
 mod guards;
 mod http1;
 mod http2;
 mod keeping;
+mod raw;
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -68,6 +70,7 @@ impl Proxy {
                         limits: &limits,
                         counters: &counters,
                         bytes: Arc::new(ByteCount::default()),
+                        requester: None,
                     };
                     let service =
                         move |request| forward(pool.clone(), key(upstream, wire), request);

@@ -4,14 +4,14 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::SystemTime;
 
-use http::Response;
+use http::{HeaderValue, Response};
 
 use super::leg::Leg;
 use super::refusal::Refusal;
 use super::request::Arrived;
 use super::view::View;
 use super::{Client, Frontend, Network};
-use crate::http::ProxyBody;
+use crate::http::{ProxyBody, REASON};
 use crate::mesh::route::{self as routes, Backend, FilterVerdict, Origin, Rule, Session};
 use crate::resilience::fallback::Fallen;
 use crate::resilience::limit::RatesSettings;
@@ -115,8 +115,7 @@ pub(super) fn route<N: Network>(
         rule.filters
             .on_request(&mut request.head, matched, frontend)
     {
-        request.record.flag(ResponseFlag::DirectResponse);
-        return Err(Box::new(answer.map(|()| ProxyBody::Empty)));
+        return Err(direct(request, *answer));
     }
     let persistence = rule.session.as_ref();
     let session =
@@ -143,8 +142,7 @@ pub(super) fn route<N: Network>(
             .filters
             .on_request(&mut request.head, matched, frontend)
     {
-        request.record.flag(ResponseFlag::DirectResponse);
-        return Err(Box::new(answer.map(|()| ProxyBody::Empty)));
+        return Err(direct(request, *answer));
     }
     let place = rule
         .backends
@@ -160,4 +158,14 @@ pub(super) fn route<N: Network>(
             rule: rule.clone(),
         }),
     })
+}
+
+/// An answer of a filter, which says so like every answer of our own.
+fn direct(request: &mut Arrived, answer: Response<()>) -> Box<Response<ProxyBody>> {
+    const FLAG: ResponseFlag = ResponseFlag::DirectResponse;
+    request.record.flag(FLAG);
+    let mut answer = answer.map(|()| ProxyBody::Empty);
+    let reason = HeaderValue::from_static(FLAG.as_str());
+    answer.headers_mut().insert(REASON, reason);
+    Box::new(answer)
 }

@@ -370,6 +370,7 @@ impl World {
                 limits: &ServerLimits::default(),
                 counters: &Arc::new(HttpCounters::default()),
                 bytes: Arc::default(),
+                requester: None,
             };
             let service = move |request| client.clone().serve(request);
             let stop = CancellationToken::new();

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use tokio::sync::Notify;
 
 use super::*;
-use crate::mesh::route::{Fraction, Mirror, SessionCarrier, SessionPersistence};
+use crate::mesh::route::{Filter, Fraction, Mirror, Redirect, SessionCarrier, SessionPersistence};
 
 #[tokio::test]
 async fn requests_of_one_connection_are_balanced_one_by_one_over_kept_connections() {
@@ -94,6 +94,27 @@ async fn a_session_stays_with_its_endpoint() {
             .or_insert(0) += 1;
     }
     assert_eq!(others.len(), 4, "{others:?}");
+}
+
+#[tokio::test]
+async fn an_answer_of_a_filter_says_so() {
+    let peer = Peer::http1(|_, _| answer(200, "")).await;
+    let world = World::new(&[peer.address]);
+    let mut moved = rule(&[("cart", 1)]);
+    let redirect = Filter::Redirect(Redirect {
+        scheme: None,
+        hostname: Some("elsewhere".parse().unwrap()),
+        port: None,
+        path: None,
+        status: ::http::StatusCode::FOUND,
+    });
+    moved.filters = Filters::new(vec![redirect], Vec::new());
+    world.routes(vec![moved]);
+    let mut client = world.connect("cart", Wire::Http1).await;
+    let seen = client.get("/").await;
+    assert_eq!(seen.status, 302);
+    assert_eq!(seen.header("x-undermesh-reason"), "direct_response");
+    assert_eq!(peer.count(), 0);
 }
 
 #[tokio::test]
