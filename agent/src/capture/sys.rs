@@ -1,5 +1,6 @@
-//! The system calls that no crate offers: `bpf(2)` on links, and the cookie of a socket's network
-//! namespace; and what a crate leaves to its caller's word. The only unsafe code of the agent.
+//! The system calls that no crate offers in safe code: `bpf(2)` on links, the cookie of a socket's
+//! network namespace, and `madvise(2)` on the program itself; and what a crate leaves to its caller's
+//! word. The only unsafe code of the agent.
 #![allow(unsafe_code)]
 
 use std::ffi::CString;
@@ -12,6 +13,14 @@ use std::sync::Arc;
 
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
+
+/// What the agent's allocator, jemalloc, does: what is freed goes back to the kernel within a second, as a
+/// burst of connections should, and there are few arenas, since each keeps memory of its own.
+/// `_RJEM_MALLOC_CONF` in the environment is read after it.
+// SAFETY: jemalloc declares it weak, as a pointer to a string that ends with 0.
+#[unsafe(export_name = "_rjem_malloc_conf")]
+#[used]
+static ALLOCATOR: &[u8; 47] = b"narenas:4,dirty_decay_ms:1000,muzzy_decay_ms:0\0";
 
 /// Commands of `bpf(2)`: `enum bpf_cmd` of include/uapi/linux/bpf.h.
 #[repr(i32)]
@@ -242,6 +251,48 @@ fn cookie(socket: BorrowedFd<'_>, option: libc::c_int) -> io::Result<u64> {
     Ok(cookie)
 }
 
+/// Takes the program's own code out of the process's resident memory; what is run again comes back
+/// page by page from the page cache. Returns how many bytes were mapped as such.
+///
+/// For the end of start: what start runs is a large part of the code and never runs again, and Linux
+/// maps with each page that is run up to fifteen others around it (`fault_around_bytes`).
+pub(super) fn forget_code() -> io::Result<usize> {
+    let program = std::fs::read_link("/proc/self/exe")?;
+    let maps = std::fs::read_to_string("/proc/self/maps")?;
+    let mut forgotten = 0;
+    for line in maps.lines() {
+        let Some(range) = code_of(line, &program) else {
+            continue;
+        };
+        // SAFETY: the kernel said that these are pages of the running program's file, mapped private
+        // and neither written nor writable, so that the file has the same bytes for whoever touches
+        // them next; and a file that is being run cannot be written (ETXTBSY).
+        let result = unsafe {
+            libc::madvise(
+                std::ptr::with_exposed_provenance_mut(range.start),
+                range.len(),
+                libc::MADV_DONTNEED,
+            )
+        };
+        if result != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        forgotten += range.len();
+    }
+    Ok(forgotten)
+}
+
+/// The addresses of a line of `/proc/PID/maps` (proc(5)), if it is the code of this file. A file that
+/// was replaced is shown as deleted, and is another one then.
+fn code_of(line: &str, program: &Path) -> Option<std::ops::Range<usize>> {
+    let mut fields = line.splitn(6, ' ').map(str::trim);
+    let (start, end) = fields.next()?.split_once('-')?;
+    let is_code = fields.next()? == "r-xp";
+    let is_program = Path::new(fields.nth(3)?) == program;
+    let address = |text| usize::from_str_radix(text, 16).ok();
+    (is_code && is_program).then_some(address(start)?..address(end)?)
+}
+
 /// A listening socket's queue of connections that wait to be accepted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct ListenQueue {
@@ -316,5 +367,33 @@ fn get_option<T>(
         Ok(())
     } else {
         Err(io::Error::last_os_error())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_code_of_the_program_itself_is_taken_for_its_code() {
+        let program = Path::new("/opt/the agent");
+        let code = |line| code_of(line, program);
+        let own = "55d0c000-55d0f000 r-xp 00008000 fe:00 4711    /opt/the agent";
+        assert_eq!(code(own), Some(0x55d0_c000..0x55d0_f000));
+        for other in [
+            "55d0c000-55d0f000 r--p 00008000 fe:00 4711    /opt/the agent",
+            "55d0c000-55d0f000 r-xp 00008000 fe:00 4712    /lib/libc.so.6",
+            "55d0c000-55d0f000 r-xp 00008000 fe:00 4712    /opt/the agent (deleted)",
+            "55d0c000-55d0f000 r-xp 00000000 00:00 0",
+            "",
+        ] {
+            assert_eq!(code(other), None, "{other}");
+        }
+    }
+
+    #[test]
+    fn a_program_runs_on_after_its_code_was_forgotten() {
+        assert!(forget_code().unwrap() > 0);
+        assert_eq!("still there".len(), 11);
     }
 }
