@@ -58,7 +58,6 @@ impl Care<'_> {
     {
         let service = service_fn(|request| desk.take(request));
         let mut connection = http1::Builder::new()
-            .max_headers(self.limits.headers)
             .max_header_size(self.limits.header_bytes)
             .max_buf_size(self.limits.header_bytes.max(MIN_BUFFER))
             .auto_date_header(false)

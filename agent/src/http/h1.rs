@@ -31,9 +31,8 @@ use crate::fairness;
 /// gives no sign (RFC 9110 §10.1.1 forbids to wait for ever); curl waits as long.
 const CONTINUE_AFTER: Duration = Duration::from_secs(1);
 
-/// What an answer's head may have, as many as Envoy and more than hyper's 100.
-const HEADERS: usize = 256;
-/// Largest head of an answer, and most of a body that is read ahead.
+/// Largest head of an answer, and most of a body that is read ahead. It may have 100 fields, as in
+/// Envoy; hyper has room for these on the stack.
 const BUFFER_BYTES: usize = 128 * 1024;
 
 /// A connection between two requests, or in one.
@@ -64,7 +63,6 @@ pub(super) enum Condition {
 impl H1 {
     pub(super) async fn new(connected: Connected) -> Result<Box<Self>, hyper::Error> {
         let (sender, connection) = Builder::new()
-            .max_headers(HEADERS)
             .max_buf_size(BUFFER_BYTES)
             .handshake(TokioIo::new(connected.io))
             .await?;
