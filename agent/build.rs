@@ -15,12 +15,6 @@ fn main() {
     let debug = env::var("PROFILE").is_ok_and(|profile| profile == "debug");
     let object = workspace.join(if debug { LOGGING } else { SHIPPED });
     println!("cargo::rerun-if-changed={}", object.display());
-    // One copy of functions that generics made the same several times: lld, which rustc links with
-    // on this target, does it in a second.
-    let target = env::var("TARGET").unwrap_or_default();
-    if !debug && target == "x86_64-unknown-linux-gnu" {
-        println!("cargo::rustc-link-arg-bins=-Wl,--icf=all");
-    }
     if let Err(reason) = embed(&object) {
         println!(
             "cargo::error=the kernel programs ({}) {reason}: run `cargo xtask build`",
