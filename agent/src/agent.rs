@@ -1,15 +1,12 @@
 //! The agent: its parts, put together.
 
-use std::future::Future;
 use std::net::SocketAddr;
 use std::path::PathBuf;
-use std::pin::Pin;
-use std::sync::{Arc, OnceLock, Weak};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use clap::Args;
-use serde::Serialize;
 use thiserror::Error;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -17,18 +14,13 @@ use tokio_util::sync::CancellationToken;
 use crate::admin::breakers::{
     BREAKER_COLUMNS, BreakerWatch, report as report_breakers, rows as breaker_rows,
 };
-use crate::admin::{
-    Admin, AdminError, AdminOptions, AdminState, Column, Condition, Control, ControlError,
-    Exposure, policies,
-};
-use crate::capture::{
-    self, Accepted, Capture, CaptureError, CaptureOptions, EnrolError, Handler, KernelOptions, Role,
-};
+use crate::admin::{Admin, AdminError, AdminOptions, Control, ControlError, Exposure};
+use crate::capture::{Capture, CaptureError, CaptureOptions, EnrolError, KernelOptions};
 use crate::cli::CONTROL_SOCKET;
 use crate::discovery::files::{FileSource, FileSourceError, FileSourceOptions};
-use crate::fairness::{self, Fairness, MachineClock, Payer, QuotaLimits, Quotas, Turns};
+use crate::fairness::{Fairness, MachineClock, QuotaLimits, Quotas};
 use crate::handover::{Giver, HandoverError};
-use crate::http::{HttpCounters, UpstreamPool};
+use crate::http::HttpCounters;
 use crate::identity::{
     AuthorityClient, AuthorityClientOptions, Certificates, CertificatesOptions, ClientError,
 };
@@ -38,9 +30,16 @@ use crate::outbound::{Clock, Destinations, Outbound, OutboundParts};
 use crate::resilience::BreakerBook;
 use crate::telemetry::{Labelled, Logging, Telemetry, housekeep};
 use crate::tunnel::{Pool, PoolOptions};
-use crate::workers::{WorkerId, Workers};
+use crate::workers::Workers;
 
+mod dispatch;
+mod metrics;
 mod succession;
+mod views;
+
+use self::dispatch::Dispatch;
+use self::metrics::{count, count_upstreams, labelled};
+use self::views::{ROUTE_COLUMNS, admin_state, with_policies};
 
 /// How often a stopping agent looks whether its last connection has ended.
 const DRAIN_CHECK: Duration = Duration::from_millis(50);
@@ -140,59 +139,6 @@ pub enum AgentError {
     /// The control socket.
     #[error(transparent)]
     Control(#[from] ControlError),
-}
-
-/// Hands what capture accepts to the part that it is for.
-struct Dispatch {
-    outbound: Arc<Outbound>,
-    inbound: Arc<Inbound>,
-    /// Of each worker.
-    fairness: Arc<[Arc<Fairness>]>,
-    /// Set right after capture was started, before it knows of any pod.
-    capture: OnceLock<Weak<Capture>>,
-}
-
-impl Dispatch {
-    /// Has a task take turns with those of the other pods on this worker.
-    fn turns<F>(&self, payer: Payer, task: F) -> Turns<F> {
-        // Connections are handled on workers; what is not counts with the first.
-        let here = WorkerId::current().map_or(0, WorkerId::index);
-        self.fairness[here].turns(payer, task)
-    }
-}
-
-impl Handler for Dispatch {
-    fn handle(&self, accepted: Accepted) -> Pin<Box<dyn Future<Output = ()> + Send>> {
-        let client = match accepted.role {
-            Role::Outbound => fairness::Client::Itself,
-            Role::Inbound | Role::Hbone => fairness::Client::At(accepted.peer.ip()),
-        };
-        let payer = Payer {
-            pod: accepted.pod.netns_cookie(),
-            client,
-        };
-        match accepted.role {
-            Role::Outbound => {
-                let outbound = self.outbound.clone();
-                let capture = self.capture.get().and_then(Weak::upgrade);
-                Box::pin(self.turns(payer, async move {
-                    if let Some(capture) = capture {
-                        outbound.serve(accepted, capture).await;
-                    }
-                }))
-            }
-            Role::Inbound => {
-                let inbound = self.inbound.clone();
-                Box::pin(self.turns(payer, async move {
-                    inbound.serve_plaintext(accepted).await;
-                }))
-            }
-            Role::Hbone => {
-                let tunnel = self.inbound.clone().serve_tunnel(accepted);
-                Box::pin(self.turns(payer, tunnel))
-            }
-        }
-    }
 }
 
 /// Runs the agent until `stop`, then lets live connections end for a while. The pods' connections are served by
@@ -424,180 +370,6 @@ async fn stopped(
     let deadline = Instant::now() + Duration::from_secs(options.shutdown_drain);
     succession::drain(telemetry, deadline).await;
     Ok(())
-}
-
-fn labelled(label: &'static str, counters: Vec<(&'static str, u64)>) -> Vec<Labelled<u64>> {
-    let sample = |(name, value)| Labelled::one(label, name, value);
-    counters.into_iter().map(sample).collect()
-}
-
-/// Counters that parts keep themselves.
-fn count(
-    telemetry: &Telemetry,
-    capture: &Arc<Capture>,
-    certificates: &Arc<Certificates>,
-    pool: &Arc<Pool>,
-    http: &Arc<HttpCounters>,
-) {
-    let kernel = capture.clone();
-    telemetry.register_counter(
-        "undermesh_kernel_verdicts",
-        "Verdicts of the kernel programs on connections of enrolled pods",
-        move || labelled("verdict", kernel.kernel().counters()),
-    );
-    capture::metrics::register(telemetry, capture);
-    let capture = capture.clone();
-    telemetry.register_counter(
-        "undermesh_capture_events",
-        "What happened at the pods' listeners and enrolments",
-        move || labelled("event", capture.counters()),
-    );
-    let certificates = certificates.clone();
-    telemetry.register_counter(
-        "undermesh_certificate_events",
-        "What happened on the way to certificates",
-        move || labelled("event", certificates.counters()),
-    );
-    let pool = pool.clone();
-    telemetry.register_counter(
-        "undermesh_tunnel_events",
-        "What happened in the pool of tunnels",
-        move || labelled("event", pool.counters()),
-    );
-    let guards = http.clone();
-    telemetry.register_counter(
-        "undermesh_http_events",
-        "What happened on HTTP connections of clients",
-        move || labelled("event", guards.by_name()),
-    );
-    let guards = http.clone();
-    telemetry.register_counter(
-        "undermesh_http_bad_requests",
-        "Requests that the guards of HTTP refused, by why",
-        move || labelled("reason", guards.bad_requests()),
-    );
-    let guards = http.clone();
-    telemetry.register_counter(
-        "undermesh_http_floods",
-        "HTTP connections that were ended because of a flood, by kind",
-        move || labelled("kind", guards.floods()),
-    );
-}
-
-/// What happened to connections that are kept for HTTP requests.
-fn count_upstreams(telemetry: &Telemetry, upstreams: &Arc<UpstreamPool>) {
-    let upstreams = upstreams.clone();
-    telemetry.register_counter(
-        "undermesh_http_upstream_events",
-        "What happened to upstream connections that are kept for HTTP requests",
-        move || {
-            let counters = upstreams.counters();
-            [
-                ("created", counters.created),
-                ("reused", counters.reused),
-                ("overflowed", counters.overflowed),
-                ("expired", counters.expired),
-                ("found_closed", counters.found_closed),
-            ]
-            .map(|(event, count)| Labelled::one("event", event, count))
-            .into()
-        },
-    );
-}
-
-fn admin_state(
-    options: &AgentOptions,
-    telemetry: &Arc<Telemetry>,
-    capture: &Arc<Capture>,
-    certificates: &Arc<Certificates>,
-    pool: &Arc<Pool>,
-    manifests: &Arc<FileSource>,
-    stop: &CancellationToken,
-) -> AdminState {
-    let (synced, targets, pods, kernel, memory) = (
-        capture.clone(),
-        capture.clone(),
-        capture.clone(),
-        capture.clone(),
-        capture.clone(),
-    );
-    let (certificates, pool, stop) = (certificates.clone(), pool.clone(), stop.clone());
-    let manifests = manifests.clone();
-    AdminState::new(&options.node, telemetry.clone())
-        .condition("pods_tried", move || match synced.synced() {
-            true => Condition::Ready("every pod of this node was tried once".into()),
-            false => Condition::NotReady("pods of this node are being enrolled".into()),
-        })
-        .condition("destinations_in_kernel", move || {
-            match targets.target_error() {
-                None => Condition::Ready("the kernel knows the mesh's destinations".into()),
-                Some(error) => Condition::NotReady(error),
-            }
-        })
-        .condition("not_stopping", move || match stop.is_cancelled() {
-            false => Condition::Ready("running".into()),
-            true => Condition::NotReady("the agent was told to stop".into()),
-        })
-        .report("manifests", move || manifests.status())
-        .report("memory", move || memory.memory())
-        .view("pods", POD_COLUMNS, move || pods.pods())
-        .view("kernel", &[], move || KernelView {
-            kernel: kernel.kernel().status(),
-            events: kernel.counters().into_iter().collect(),
-        })
-        .view("certificates", &[], move || certificates.status())
-        .view("tunnels", &[], move || pool.status())
-}
-
-/// What policies say, and which are not in force.
-fn with_policies(state: AdminState, snapshot: &SharedSnapshot) -> AdminState {
-    let (shown, refusing) = (snapshot.clone(), snapshot.clone());
-    state
-        .report("policies_refused", move || {
-            policies::refused(&refusing.load())
-        })
-        .view("policies", policies::POLICY_COLUMNS, move || {
-            policies::rows(&shown.load())
-        })
-}
-
-/// `/pods` as a table; JSON has the rest.
-const POD_COLUMNS: &[Column] = &[
-    column("NAME", &["name"]),
-    column("MODE", &["mode"]),
-    column("PHASE", &["phase"]),
-    column("GUARANTEE", &["guarantee"]),
-    column("CONNECTIONS", &["connections"]),
-    column("PROVEN", &["proof.at"]),
-    column("ATTEMPTS", &["attempts"]),
-    column("FAILURES", &["failures"]),
-    column("REPAIRED", &["repaired"]),
-    column("NETNS_COOKIE", &["netns_cookie"]),
-    column("NEXT_RETRY", &["next_retry"]),
-    column("LAST_ERROR", &["last_error"]),
-];
-
-/// `/routes` as a table; JSON has the rules and all conditions.
-const ROUTE_COLUMNS: &[Column] = &[
-    column("ROUTE", &["route"]),
-    column("PARENT", &["parent"]),
-    column("ACCEPTED", &["accepted"]),
-    column("RESOLVED_REFS", &["resolved_refs"]),
-    column("REASON", &["reason"]),
-    column("MESSAGE", &["message"]),
-    column("NOTES", &["notes"]),
-];
-
-const fn column(header: &'static str, fields: &'static [&'static str]) -> Column {
-    Column { header, fields }
-}
-
-/// `/kernel`: what the kernel holds, and what the agent's side of capture counted.
-#[derive(Serialize)]
-struct KernelView {
-    #[serde(flatten)]
-    kernel: crate::capture::kernel::KernelStatus,
-    events: std::collections::BTreeMap<&'static str, u64>,
 }
 
 /// Where the cgroup2 tree is mounted: on machines with cgroup v1 controllers it is not at

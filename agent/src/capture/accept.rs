@@ -84,8 +84,18 @@ pub struct Accepted {
 pub trait Handler: Send + Sync + 'static {
     /// Takes a connection, on the worker that is to serve it. It is dropped when the pod is gone and it has not ended
     /// of itself.
-    fn handle(&self, accepted: Accepted) -> Pin<Box<dyn Future<Output = ()> + Send>>;
+    fn handle(&self, accepted: Accepted) -> Task;
+
+    /// Lets what accepts the connections of one of a pod's listeners run as the pod's: taking connections is work that
+    /// is done for it. Called on the worker that is to accept.
+    fn accepting(&self, pod: &EnrolledPod, accepting: Task) -> Task {
+        let _ = pod;
+        accepting
+    }
 }
+
+/// What runs on a worker.
+pub type Task = Pin<Box<dyn Future<Output = ()> + Send>>;
 
 /// Why a connection does not belong to the listener that it came out of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
@@ -162,13 +172,17 @@ impl Acceptor {
         self.pod.watch_backlog(role, &socket);
         let acceptor = self.clone();
         let running = home.spawn(async move {
-            tokio::select! {
-                () = acceptor.stop.cancelled() => {}
-                () = async {
-                    acceptor.accepting.cancelled().await;
-                    acceptor.serve(&listener, role, &spread).await;
-                } => {}
-            }
+            let (pod, handler) = (acceptor.pod.clone(), acceptor.handler.clone());
+            let accepting = async move {
+                tokio::select! {
+                    () = acceptor.stop.cancelled() => {}
+                    () = async {
+                        acceptor.accepting.cancelled().await;
+                        acceptor.serve(&listener, role, &spread).await;
+                    } => {}
+                }
+            };
+            handler.accepting(&pod, Box::pin(accepting)).await;
         });
         Ok((running, socket))
     }

@@ -50,7 +50,7 @@ mod task;
 #[cfg(test)]
 mod tests;
 
-pub use accept::{Accepted, Handler, Role};
+pub use accept::{Accepted, Handler, Role, Task};
 pub use backlog::Backlog;
 pub use enrol::EnrolError;
 pub use forwarding::Forwards;

@@ -8,6 +8,7 @@ use std::task::{Context, Poll, ready};
 
 use parking_lot::Mutex;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::task::coop;
 use tokio::time::Instant;
 
 use super::framing::Framing;
@@ -134,15 +135,15 @@ impl Frames {
         }
     }
 
-    /// The type of the last frame that begins in these bytes.
-    fn advance(&mut self, mut bytes: &[u8]) -> Option<u8> {
-        let mut last = None;
+    /// How many frames' heads end in these bytes, and the type of the last one.
+    fn advance(&mut self, mut bytes: &[u8]) -> (u32, Option<u8>) {
+        let (mut count, mut last) = (0, None);
         loop {
             let skipped = self.skip.min(bytes.len());
             self.skip -= skipped;
             bytes = &bytes[skipped..];
             if bytes.is_empty() {
-                return last;
+                return (count, last);
             }
             let taken = (self.head.len() - self.have).min(bytes.len());
             self.head[self.have..self.have + taken].copy_from_slice(&bytes[..taken]);
@@ -153,6 +154,7 @@ impl Frames {
                 self.skip = u32::from_be_bytes([0, high, middle, low]) as usize;
                 self.have = 0;
                 last = Some(kind);
+                count += 1;
             }
         }
     }
@@ -211,6 +213,17 @@ impl Watched {
     }
 }
 
+/// Takes a part of the task's budget for each frame: a read that is full of small ones is as much work as many reads, and
+/// the task has to give way to others as soon.
+fn spend(frames: u32, cx: &mut Context<'_>) {
+    for _ in 0..frames {
+        match coop::poll_proceed(cx) {
+            Poll::Ready(part) => part.made_progress(),
+            Poll::Pending => return,
+        }
+    }
+}
+
 impl AsyncRead for Watched {
     fn poll_read(
         self: Pin<&mut Self>,
@@ -218,15 +231,21 @@ impl AsyncRead for Watched {
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
         let this = self.get_mut();
+        let turn = ready!(coop::poll_proceed(cx));
         let before = buffer.filled().len();
         let read = Pin::new(&mut this.io).poll_read(cx, buffer);
+        if read.is_ready() {
+            turn.made_progress();
+        }
         let news = &buffer.filled()[before..];
         if !news.is_empty() {
             this.shared.bytes.add_received(news.len() as u64);
             match &mut this.frames {
                 None => this.shared.framing.lock().advance(news),
                 Some(frames) => {
-                    if let Some(kind) = frames.advance(news) {
+                    let (count, last) = frames.advance(news);
+                    spend(count, cx);
+                    if let Some(kind) = last {
                         this.shared.last_frame.store(kind, Ordering::Relaxed);
                     }
                 }
@@ -281,5 +300,62 @@ impl AsyncWrite for Watched {
 
     fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         Pin::new(&mut self.get_mut().io).poll_shutdown(cx)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::future::poll_fn;
+
+    use tokio::io::AsyncWriteExt;
+    use tokio::net::{TcpListener, TcpStream};
+
+    use super::*;
+
+    const BYTES: usize = 32 * 1024;
+
+    /// What a task reads of these frames before it gives way for the first time.
+    async fn read_in_one_turn(frames: &[u8]) -> usize {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let (mut client, accepted) =
+            tokio::try_join!(TcpStream::connect(address), listener.accept()).unwrap();
+        client
+            .write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
+            .await
+            .unwrap();
+        client.write_all(frames).await.unwrap();
+        let mut all = vec![0; 2 * BYTES];
+        // Until all has arrived.
+        while accepted.0.peek(&mut all).await.unwrap() < frames.len() {}
+        let shared = Shared::new(Arc::default());
+        let mut watched = Watched::new(accepted.0.into(), shared, Wire::Http2);
+        tokio::task::yield_now().await;
+        poll_fn(|cx| {
+            let mut read = 0;
+            loop {
+                let mut bytes = [0; 1024];
+                let mut buffer = ReadBuf::new(&mut bytes);
+                match Pin::new(&mut watched).poll_read(cx, &mut buffer) {
+                    Poll::Ready(result) => result.unwrap(),
+                    Poll::Pending => return Poll::Ready(read),
+                }
+                read += buffer.filled().len();
+            }
+        })
+        .await
+    }
+
+    #[tokio::test]
+    async fn a_task_gives_way_after_some_frames_however_small_they_are() {
+        let ping = [0, 0, 8, 6, 0, 0, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8];
+        let pings = ping.repeat(BYTES / ping.len());
+        let read = read_in_one_turn(&pings).await;
+        assert!((1..=256 * ping.len()).contains(&read), "{read} bytes");
+
+        let mut data = vec![0, 0x7f, 0, 0, 0, 0, 0, 0, 1];
+        data.resize(BYTES, 0);
+        let read = read_in_one_turn(&data).await;
+        assert!(read >= BYTES, "{read} bytes");
     }
 }
