@@ -336,7 +336,7 @@ fn an_agent_short_of_memory_sheds_new_connections_lives_and_recovers() -> Result
         if !shedding {
             #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)]
             let used = gauge("used_bytes")? as u64;
-            ensure!(used > 8 << 20, "an agent of {used} bytes");
+            ensure!(used > 2 << 20, "an agent of {used} bytes");
             memory.limit(used / 93 * 100)?;
         }
         Ok(shedding)
