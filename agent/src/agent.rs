@@ -28,7 +28,7 @@ use crate::inbound::{HttpService, Inbound};
 use crate::mesh::{MeshConfig, SharedSnapshot, Snapshot};
 use crate::outbound::{Clock, Destinations, Outbound, OutboundParts};
 use crate::resilience::BreakerBook;
-use crate::telemetry::{Labelled, Logging, Telemetry, housekeep};
+use crate::telemetry::{Logging, Telemetry, housekeep};
 use crate::tunnel::{Pool, PoolOptions};
 use crate::workers::Workers;
 
@@ -38,7 +38,7 @@ mod succession;
 mod views;
 
 use self::dispatch::Dispatch;
-use self::metrics::{count, count_upstreams, labelled};
+use self::metrics::{count, count_parts, count_upstreams};
 use self::views::{ROUTE_COLUMNS, admin_state, with_policies};
 
 /// How often a stopping agent looks whether its last connection has ended.
@@ -260,19 +260,7 @@ pub async fn run(
     let book: Arc<dyn BreakerBook> = destinations;
     report_breakers(&telemetry, &book, &breakers);
     count_upstreams(&telemetry, outbound.upstreams());
-    telemetry.register_counter(
-        "undermesh_fairness_parked",
-        "Times that a task waited because its pod had used up its quantum while others were busy",
-        move || {
-            let each = fairness.iter().map(|fairness| fairness.parked());
-            vec![Labelled::bare(each.sum())]
-        },
-    );
-    telemetry.register_counter(
-        "undermesh_pod_quota_events",
-        "How often a pod met a bound of what its requests may hold of the agent",
-        move || labelled("event", quotas.counters()),
-    );
+    count_parts(&telemetry, fairness, quotas);
 
     let routed = snapshot.clone();
     let state = admin_state(

@@ -37,6 +37,7 @@ pub mod metrics;
 pub mod netns;
 pub mod process;
 pub mod requests;
+pub mod stage;
 pub mod tls;
 pub mod traffic;
 pub mod wait;

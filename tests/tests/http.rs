@@ -10,6 +10,7 @@ use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 use undermesh_lab::metrics::Metrics;
 use undermesh_lab::process::Process;
+use undermesh_lab::requests::traffic_policy;
 use undermesh_lab::{Lab, LabBuilder, PodHandle, PodSpec, ServiceSpec, Side, machine, wait};
 
 const PORT: u16 = 8080;
@@ -35,8 +36,14 @@ impl Server {
         wait::until_true("the server to listen", START, || {
             Ok(pod.run("curl", &["-sf", &url]).is_ok())
         })?;
-        fs::write(dir.join("requests"), "")?;
-        Ok(Self { process, dir })
+        let server = Self { process, dir };
+        server.forget()?;
+        Ok(server)
+    }
+
+    /// Counts attempts anew from here.
+    fn forget(&self) -> Result<()> {
+        Ok(fs::write(self.dir.join("requests"), "")?)
     }
 
     /// Makes it answer in this way from the next request on.
@@ -132,6 +139,11 @@ fn route(rule: &Value) -> Value {
     })
 }
 
+/// To all endpoints of the Service in turn: by default the faster one of two gets what comes one after the other.
+fn in_turn() -> Value {
+    traffic_policy("shop", json!({"balancing": {"algorithm": "RoundRobin"}}))
+}
+
 fn metrics(lab: &Lab) -> Result<Metrics> {
     Ok(Metrics::parse(&lab.node(Side::A)?.agent().metrics()?))
 }
@@ -219,16 +231,7 @@ fn requests_of_one_connection_go_to_all_endpoints() -> Result<()> {
     let client = lab.pod("client")?;
     let _servers = [Server::start(&lab, "near")?, Server::start(&lab, "far")?];
     let url = format!("http://{}/", lab.service("shop", 80)?);
-    // By default the faster one of two gets what comes one after the other.
-    lab.put(json!({
-        "apiVersion": "undermesh.io/v1alpha1",
-        "kind": "TrafficPolicy",
-        "metadata": {"name": "shop", "namespace": "default"},
-        "spec": {
-            "targetRefs": [{"kind": "Service", "name": "shop"}],
-            "balancing": {"algorithm": "RoundRobin"},
-        },
-    }))?;
+    lab.put(in_turn())?;
     wait::until_true("the policy", START, || {
         Ok(fetch(&client, &url, 20, &[])?.bodies().len() == 2)
     })?;
@@ -257,7 +260,13 @@ fn a_server_that_resets_is_tried_elsewhere_and_the_client_sees_nothing() -> Resu
         "backendRefs": [{"name": "shop", "port": 80}],
         "retry": {"codes": [503], "attempts": 2},
     })))?;
+    lab.put(in_turn())?;
     let url = format!("http://{}/", lab.service("shop", 80)?);
+    wait::until_true("the policy", START, || {
+        Ok(fetch(&client, &url, 20, &[])?.bodies().len() == 2)
+    })?;
+    near.forget()?;
+    far.forget()?;
     near.behave("reset")?;
     let seen = fetch(&client, &url, 200, &[])?;
     assert_eq!(

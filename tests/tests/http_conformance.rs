@@ -4,11 +4,9 @@
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
 use undermesh_lab::metrics::Metrics;
+use undermesh_lab::stage::{PORT, TARGET, near_and_far};
 use undermesh_lab::web::WebOptions;
-use undermesh_lab::{Lab, PodSpec, ServiceSpec, Side, apps, machine};
-
-const PORT: u16 = 80;
-const TARGET: u16 = 8080;
+use undermesh_lab::{Lab, Side, apps, machine};
 
 /// What came back for a message.
 struct Answer {
@@ -58,20 +56,9 @@ fn send(lab: &Lab, service: &str, messages: &[Vec<u8>]) -> Result<Vec<Answer>> {
     Ok(answers.collect())
 }
 
-fn pods() -> Result<Lab> {
-    let server = |name: &str, side: Side| PodSpec::new(name).on(side).port("http", TARGET);
-    Lab::builder()
-        .pod(PodSpec::new("client").on(Side::A))
-        .pod(server("near", Side::A))
-        .pod(server("far", Side::B))
-        .service(ServiceSpec::new("near").http(PORT, TARGET))
-        .service(ServiceSpec::new("far").http(PORT, TARGET))
-        .start()
-}
-
 #[test]
 fn what_two_parsers_could_understand_differently_reaches_no_server_and_is_counted() -> Result<()> {
-    let lab = pods()?;
+    let lab = near_and_far().start()?;
     let serve = |name: &str| lab.pod(name)?.serve_web(&WebOptions::new(name, TARGET));
     let servers = [serve("near")?, serve("far")?];
     let cases = [
@@ -145,7 +132,7 @@ fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
 
 #[test]
 fn broken_frames_end_a_stream_or_a_connection_with_the_code_for_it() -> Result<()> {
-    let lab = pods()?;
+    let lab = near_and_far().start()?;
     let serve = |name: &str| lab.pod(name)?.serve_web(&WebOptions::new(name, TARGET));
     let servers = [serve("near")?, serve("far")?];
     // GET http://shop/

@@ -5,44 +5,15 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow};
-use serde_json::{Value, json};
+use serde_json::json;
 use undermesh_lab::curl::{Answer, ask, ask_often};
 use undermesh_lab::metrics::Metrics;
-use undermesh_lab::web::{Behaviour, LoadOptions, WebOptions, WebReport};
-use undermesh_lab::{Lab, LabBuilder, PodSpec, ServiceSpec, Side, Traffic, apps, machine, wait};
+use undermesh_lab::requests::traffic_policy;
+use undermesh_lab::stage::{PORT, TARGET, serve_versions, versions};
+use undermesh_lab::web::{Behaviour, LoadOptions, WebOptions};
+use undermesh_lab::{Lab, PodSpec, Side, apps, machine, wait};
 
-const PORT: u16 = 80;
-const TARGET: u16 = 8080;
 const LIMIT: Duration = Duration::from_secs(30);
-
-/// A client on one node; two servers, one on each, which `v1` and `v2` are Services of, and `web` of both.
-fn cluster() -> LabBuilder {
-    let server = |name: &str, side: Side| {
-        let pod = PodSpec::new(name).on(side).label("group", "web");
-        pod.service_account("web").port("http", TARGET)
-    };
-    let service = |name: &str| ServiceSpec::new(name).http(PORT, TARGET);
-    Lab::builder()
-        .pod(PodSpec::new("client").on(Side::A))
-        .pod(server("v1", Side::A))
-        .pod(server("v2", Side::B))
-        .service(service("v1"))
-        .service(service("v2"))
-        .service(service("web").select("group", "web"))
-}
-
-fn policy(service: &str, mut spec: Value) -> Value {
-    spec["targetRefs"] = json!([{"kind": "Service", "name": service}]);
-    json!({
-        "apiVersion": "undermesh.io/v1alpha1", "kind": "TrafficPolicy",
-        "metadata": {"name": service, "namespace": "default"}, "spec": spec,
-    })
-}
-
-fn serve(lab: &Lab) -> Result<[Traffic<WebReport>; 2]> {
-    let one = |name: &str| lab.pod(name)?.serve_web(&WebOptions::new(name, TARGET));
-    Ok([one("v1")?, one("v2")?])
-}
 
 fn url(lab: &Lab, service: &str) -> Result<String> {
     Ok(format!("http://{}/", lab.service(service, PORT)?))
@@ -63,9 +34,9 @@ fn statuses(answers: &[Answer]) -> BTreeMap<(u16, &str), usize> {
 
 #[test]
 fn a_breaker_that_is_forced_open_rejects_and_one_forced_closed_does_not_open() -> Result<()> {
-    let lab = cluster().start()?;
+    let lab = versions().start()?;
     let client = lab.pod("client")?;
-    let [_first, second] = serve(&lab)?;
+    let [_first, second] = serve_versions(&lab)?;
     let url = url(&lab, "v2")?;
     let node = lab.node(Side::A)?;
     let program = lab.state().binaries.agent.display().to_string();
@@ -75,7 +46,7 @@ fn a_breaker_that_is_forced_open_rejects_and_one_forced_closed_does_not_open() -
         .find(|pair| pair[0] == "--admin-socket")
         .map(|pair| pair[1].clone())
         .context("no socket")?;
-    lab.put(policy(
+    lab.put(traffic_policy(
         "v2",
         json!({"breaker": {"minimumRequests": 5, "window": "30s"}}),
     ))?;
@@ -131,9 +102,9 @@ fn a_breaker_that_is_forced_open_rejects_and_one_forced_closed_does_not_open() -
 
 #[test]
 fn a_pod_that_leaves_answers_what_it_was_asked_and_nothing_more() -> Result<()> {
-    let lab = cluster().start()?;
+    let lab = versions().start()?;
     let client = lab.pod("client")?;
-    let [first, second] = serve(&lab)?;
+    let [first, second] = serve_versions(&lab)?;
     let slow = Behaviour {
         delay_ms: 1_500,
         ..Behaviour::default()
@@ -141,7 +112,7 @@ fn a_pod_that_leaves_answers_what_it_was_asked_and_nothing_more() -> Result<()> 
     for server in [&first, &second] {
         server.behave(&slow)?;
     }
-    lab.put(policy(
+    lab.put(traffic_policy(
         "web",
         json!({"balancing": {"algorithm": "RoundRobin"}}),
     ))?;
@@ -183,14 +154,14 @@ fn a_pod_that_leaves_answers_what_it_was_asked_and_nothing_more() -> Result<()> 
 #[test]
 fn who_asks_too_often_is_told_how_long_to_wait() -> Result<()> {
     machine::require_module("grpc", "python3-grpcio")?;
-    let lab = cluster().pod(PodSpec::new("other").on(Side::A)).start()?;
+    let lab = versions().pod(PodSpec::new("other").on(Side::A)).start()?;
     let client = lab.pod("client")?;
     let port = TARGET.to_string();
     let _grpc = apps::python_server(&lab.pod("v1")?, "grpc_server", &[&port, "v1"])?;
     let second = lab.pod("v2")?.serve_web(&WebOptions::new("v2", TARGET))?;
     let limit = json!({"rateLimit": {"perSource": {"requestsPerSecond": 0.1, "burst": 5}}});
     for service in ["v1", "v2"] {
-        lab.put(policy(service, limit.clone()))?;
+        lab.put(traffic_policy(service, limit.clone()))?;
     }
     let url = url(&lab, "v2")?;
     wait::until_true("the policy", LIMIT, || {
@@ -237,10 +208,10 @@ fn who_asks_too_often_is_told_how_long_to_wait() -> Result<()> {
 
 #[test]
 fn faults_on_purpose_hit_whom_they_are_meant_for() -> Result<()> {
-    let lab = cluster().start()?;
+    let lab = versions().start()?;
     let client = lab.pod("client")?;
-    let [_first, second] = serve(&lab)?;
-    lab.put(policy(
+    let [_first, second] = serve_versions(&lab)?;
+    lab.put(traffic_policy(
         "v2",
         json!({"fault": {
             "headers": [{"name": "x-chaos", "value": "on"}],
@@ -288,7 +259,7 @@ fn faults_on_purpose_hit_whom_they_are_meant_for() -> Result<()> {
     for answer in ask_often(&client, &url, 20, &[])? {
         assert_eq!((answer.status, answer.server()), (200, "v2"), "{answer:?}");
     }
-    lab.put(policy(
+    lab.put(traffic_policy(
         "v2",
         json!({"fault": {"abort": {"percentage": 50, "httpStatus": 418}}}),
     ))?;
@@ -313,15 +284,15 @@ fn faults_on_purpose_hit_whom_they_are_meant_for() -> Result<()> {
 
 #[test]
 fn what_cannot_be_had_comes_from_where_the_policy_says() -> Result<()> {
-    let lab = cluster().start()?;
+    let lab = versions().start()?;
     let client = lab.pod("client")?;
-    let [first, second] = serve(&lab)?;
+    let [first, second] = serve_versions(&lab)?;
     second.behave(&Behaviour::failing(503))?;
     let url = url(&lab, "v2")?;
     assert_eq!(ask(&client, &url, &[])?.status, 503);
     let retries = json!({"attempts": 1, "httpStatuses": [503]});
     let backend = json!({"backend": {"name": "v1", "port": PORT}});
-    lab.put(policy(
+    lab.put(traffic_policy(
         "v2",
         json!({"retries": retries, "fallback": backend}),
     ))?;
@@ -341,7 +312,7 @@ fn what_cannot_be_had_comes_from_where_the_policy_says() -> Result<()> {
     )?;
     assert!(kinds >= 40, "{kinds}");
     let response = json!({"response": {"status": 299, "body": "back soon"}});
-    lab.put(policy(
+    lab.put(traffic_policy(
         "v2",
         json!({"retries": retries, "fallback": response}),
     ))?;
@@ -362,14 +333,14 @@ fn what_cannot_be_had_comes_from_where_the_policy_says() -> Result<()> {
 
 #[test]
 fn requests_above_the_bounds_of_a_policy_wait_in_turn_or_are_shed() -> Result<()> {
-    let lab = cluster().start()?;
+    let lab = versions().start()?;
     let client = lab.pod("client")?;
-    let [_first, second] = serve(&lab)?;
+    let [_first, second] = serve_versions(&lab)?;
     second.behave(&Behaviour {
         delay_ms: 1_000,
         ..Behaviour::default()
     })?;
-    lab.put(policy("v2", json!({"limits": {"inFlight": 2}})))?;
+    lab.put(traffic_policy("v2", json!({"limits": {"inFlight": 2}})))?;
     let url = url(&lab, "v2")?;
     let at_once = || -> Result<Vec<Answer>> {
         thread::scope(|scope| {
@@ -386,7 +357,7 @@ fn requests_above_the_bounds_of_a_policy_wait_in_turn_or_are_shed() -> Result<()
         let answers = at_once()?;
         Ok(statuses(&answers) == BTreeMap::from([((200, ""), 2), ((503, "overload"), 4)]))
     })?;
-    lab.put(policy("v2", json!({"limits": {"connections": 2}})))?;
+    lab.put(traffic_policy("v2", json!({"limits": {"connections": 2}})))?;
     wait::until_true("those without a connection to wait", LIMIT, || {
         let answers = at_once()?;
         Ok(statuses(&answers) == BTreeMap::from([((200, ""), 6)]))

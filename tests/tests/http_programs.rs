@@ -4,31 +4,11 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use serde_json::json;
+use undermesh_lab::stage::{PORT, TARGET, near_and_far};
 use undermesh_lab::web::{Behaviour, LoadOptions, WebOptions};
-use undermesh_lab::{Lab, LabBuilder, PodHandle, PodSpec, ServiceSpec, Side, apps, machine, wait};
+use undermesh_lab::{Lab, PodHandle, PodSpec, ServiceSpec, Side, apps, machine, wait};
 
-const PORT: u16 = 80;
-const TARGET: u16 = 8080;
 const LIMIT: Duration = Duration::from_secs(60);
-
-/// A client and a server on each node; `near` and `far` are the servers as the client sees them.
-fn cluster() -> LabBuilder {
-    let server = |name: &str, side: Side| {
-        let pod = PodSpec::new(name).on(side).label("group", "both");
-        pod.port("http", TARGET)
-    };
-    Lab::builder()
-        .pod(PodSpec::new("client").on(Side::A))
-        .pod(server("near", Side::A))
-        .pod(server("far", Side::B))
-        .service(ServiceSpec::new("near").http(PORT, TARGET))
-        .service(ServiceSpec::new("far").http(PORT, TARGET))
-        .service(
-            ServiceSpec::new("both")
-                .select("group", "both")
-                .http(PORT, TARGET),
-        )
-}
 
 fn run(pod: &PodHandle, program: &str, args: &[&str]) -> Result<String> {
     let output = pod.place().output(program, args)?;
@@ -39,7 +19,7 @@ fn run(pod: &PodHandle, program: &str, args: &[&str]) -> Result<String> {
 #[test]
 fn grpc_of_another_language_streams_and_keeps_its_deadlines_and_cancellations() -> Result<()> {
     machine::require_module("grpc", "python3-grpcio")?;
-    let lab = cluster().start()?;
+    let lab = near_and_far().start()?;
     let client = lab.pod("client")?;
     let port = TARGET.to_string();
     let serve = |name: &str| apps::python_server(&lab.pod(name)?, "grpc_server", &[&port, name]);
@@ -82,7 +62,7 @@ fn grpc_of_another_language_streams_and_keeps_its_deadlines_and_cancellations() 
 #[test]
 fn a_websocket_talks_in_both_directions_and_closes_in_order() -> Result<()> {
     machine::require_module("websockets", "python3-websockets")?;
-    let lab = cluster().start()?;
+    let lab = near_and_far().start()?;
     let port = TARGET.to_string();
     let serve = |name: &str| apps::python_server(&lab.pod(name)?, "websocket_server", &[&port]);
     let _servers = [serve("near")?, serve("far")?];
@@ -101,7 +81,7 @@ fn a_websocket_talks_in_both_directions_and_closes_in_order() -> Result<()> {
 #[test]
 fn load_generators_see_no_failed_request_over_http1_and_http2() -> Result<()> {
     machine::require(&[machine::WRK, machine::H2LOAD])?;
-    let lab = cluster().start()?;
+    let lab = near_and_far().start()?;
     let client = lab.pod("client")?;
     let serve = |name: &str| lab.pod(name)?.serve_web(&WebOptions::new(name, TARGET));
     let servers = [serve("near")?, serve("far")?];
@@ -179,7 +159,7 @@ fn ten_thousand_requests_go_through_a_rollout_without_one_failure() -> Result<()
 
 #[test]
 fn a_server_that_misbehaves_is_reported_for_what_it_did_and_never_completed() -> Result<()> {
-    let lab = cluster().start()?;
+    let lab = near_and_far().start()?;
     let client = lab.pod("client")?;
     let port = TARGET.to_string();
     let serve = |name: &str| apps::python_server(&lab.pod(name)?, "bad_server", &[&port]);
@@ -237,7 +217,7 @@ fn a_server_that_misbehaves_is_reported_for_what_it_did_and_never_completed() ->
 
 #[test]
 fn a_slow_server_does_not_slow_another() -> Result<()> {
-    let lab = cluster().start()?;
+    let lab = near_and_far().start()?;
     let client = lab.pod("client")?;
     let serve = |name: &str| lab.pod(name)?.serve_web(&WebOptions::new(name, TARGET));
     let (near, _far) = (serve("near")?, serve("far")?);

@@ -7,35 +7,14 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
 use undermesh_lab::curl::{ask, ask_often};
+use undermesh_lab::requests::traffic_policy;
+use undermesh_lab::stage::{PORT, STREAM, TARGET, serve_versions, versions};
 use undermesh_lab::traffic::{ClientOptions, Kind, ServeOptions, ServerReport};
-use undermesh_lab::web::{Behaviour, LoadOptions, WebOptions, WebReport};
-use undermesh_lab::{Lab, LabBuilder, PodSpec, ServiceSpec, Side, Traffic, apps, machine, wait};
+use undermesh_lab::web::{Behaviour, LoadOptions, WebOptions};
+use undermesh_lab::{Lab, PodSpec, ServiceSpec, Side, Traffic, apps, machine, wait};
 
-const PORT: u16 = 80;
-const TARGET: u16 = 8080;
-const STREAM: u16 = 7000;
 const LIMIT: Duration = Duration::from_secs(30);
 const GATEWAY: &str = "gateway.networking.k8s.io/v1";
-
-/// A client on one node; two servers, one on each, which `v1` and `v2` are Services of, and `web` of both.
-fn cluster() -> LabBuilder {
-    let server = |name: &str, side: Side| {
-        let pod = PodSpec::new(name).on(side).label("group", "web");
-        pod.port("http", TARGET)
-    };
-    let service = |name: &str| {
-        ServiceSpec::new(name)
-            .http(PORT, TARGET)
-            .port(STREAM, STREAM)
-    };
-    Lab::builder()
-        .pod(PodSpec::new("client").on(Side::A))
-        .pod(server("v1", Side::A))
-        .pod(server("v2", Side::B))
-        .service(service("v1"))
-        .service(service("v2"))
-        .service(service("web").select("group", "web"))
-}
 
 fn object(api: &str, kind: &str, namespace: &str, name: &str, spec: &Value) -> Value {
     json!({
@@ -58,22 +37,6 @@ fn to(name: &str, port: u16, weight: u32) -> Value {
     json!({"name": name, "port": port, "weight": weight})
 }
 
-fn policy(service: &str, mut spec: Value) -> Value {
-    spec["targetRefs"] = json!([{"kind": "Service", "name": service}]);
-    object(
-        "undermesh.io/v1alpha1",
-        "TrafficPolicy",
-        "default",
-        service,
-        &spec,
-    )
-}
-
-fn serve(lab: &Lab) -> Result<[Traffic<WebReport>; 2]> {
-    let one = |name: &str| lab.pod(name)?.serve_web(&WebOptions::new(name, TARGET));
-    Ok([one("v1")?, one("v2")?])
-}
-
 fn url(lab: &Lab, path: &str) -> Result<String> {
     Ok(format!("http://{}{path}", lab.service("web", PORT)?))
 }
@@ -81,7 +44,7 @@ fn url(lab: &Lab, path: &str) -> Result<String> {
 #[test]
 fn grpc_calls_go_by_service_method_and_metadata_and_by_weight() -> Result<()> {
     machine::require_module("grpc", "python3-grpcio")?;
-    let lab = cluster().start()?;
+    let lab = versions().start()?;
     let client = lab.pod("client")?;
     let port = TARGET.to_string();
     let serve = |name: &str| apps::python_server(&lab.pod(name)?, "grpc_server", &[&port, name]);
@@ -135,7 +98,7 @@ fn grpc_calls_go_by_service_method_and_metadata_and_by_weight() -> Result<()> {
 
 #[test]
 fn connections_go_by_the_weights_of_a_tcp_route() -> Result<()> {
-    let lab = cluster().start()?;
+    let lab = versions().start()?;
     let client = lab.pod("client")?;
     let serve = |name: &str| lab.pod(name)?.serve(ServeOptions::new().echo(STREAM));
     let servers = [serve("v1")?, serve("v2")?];
@@ -184,7 +147,7 @@ fn tls_goes_by_server_name_and_weight_and_is_not_opened() -> Result<()> {
             {"name": "tls", "port": STREAM, "targetPort": STREAM, "protocol": "TCP"},
         ]},
     });
-    let lab = cluster().document(secure).start()?;
+    let lab = versions().document(secure).start()?;
     let client = lab.pod("client")?;
     let mut servers = Vec::new();
     for name in ["v1", "v2"] {
@@ -253,14 +216,14 @@ http {{
 
 #[test]
 fn a_session_stays_with_its_server_and_others_are_spread() -> Result<()> {
-    let lab = cluster().start()?;
+    let lab = versions().start()?;
     let client = lab.pod("client")?;
-    let _servers = serve(&lab)?;
+    let _servers = serve_versions(&lab)?;
     lab.put(http_route(&json!([{
         "sessionPersistence": {"type": "Cookie", "sessionName": "at"},
         "backendRefs": [to("web", PORT, 1)],
     }])))?;
-    lab.put(policy(
+    lab.put(traffic_policy(
         "web",
         json!({"balancing": {"algorithm": "RoundRobin"}}),
     ))?;
@@ -299,7 +262,7 @@ fn a_backend_of_another_namespace_needs_a_grant() -> Result<()> {
         "apiVersion": "v1", "kind": "Namespace",
         "metadata": {"name": "other", "labels": {"undermesh.io/mesh": "enabled"}},
     });
-    let lab = cluster()
+    let lab = versions()
         .document(namespace)
         .pod(
             PodSpec::new("foreign")
@@ -352,9 +315,9 @@ fn a_backend_of_another_namespace_needs_a_grant() -> Result<()> {
 
 #[test]
 fn a_change_of_route_under_load_is_used_at_once_and_cuts_nothing() -> Result<()> {
-    let lab = cluster().start()?;
+    let lab = versions().start()?;
     let client = lab.pod("client")?;
-    let servers = serve(&lab)?;
+    let servers = serve_versions(&lab)?;
     for server in &servers {
         server.behave(&Behaviour {
             // Every change finds requests in flight.
@@ -400,9 +363,9 @@ fn a_change_of_route_under_load_is_used_at_once_and_cuts_nothing() -> Result<()>
 
 #[test]
 fn filters_redirect_rewrite_mirror_and_answer_preflights() -> Result<()> {
-    let lab = cluster().start()?;
+    let lab = versions().start()?;
     let client = lab.pod("client")?;
-    let [first, second] = serve(&lab)?;
+    let [first, second] = serve_versions(&lab)?;
     let path = |value: &str| json!([{"path": {"type": "PathPrefix", "value": value}}]);
     lab.put(http_route(&json!([
         {
@@ -519,7 +482,7 @@ fn a_silent_client_waits_no_longer_than_the_mesh_says_and_loses_nothing() -> Res
             ]},
         })
     };
-    let lab = cluster()
+    let lab = versions()
         .document(service("told", "tcp-banner"))
         .document(service("untold", "banner"))
         .start()?;

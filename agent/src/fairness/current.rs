@@ -6,7 +6,8 @@ use std::sync::Arc;
 
 use tokio::task::JoinHandle;
 
-use super::turns::{Share, Turns};
+use super::shares::Share;
+use super::turns::Turns;
 
 thread_local! {
     static CURRENT: Cell<Option<Arc<Share>>> = const { Cell::new(None) };

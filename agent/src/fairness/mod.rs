@@ -4,10 +4,13 @@
 mod clock;
 mod current;
 mod ledger;
+mod living;
 mod quota;
+mod shares;
 mod turns;
 
 pub use clock::{Clock, MachineClock};
 pub use current::{Executor, is_overdue, spawn};
 pub use quota::{Quota, QuotaLimits, Quotas, Reserved, Unserved};
-pub use turns::{Client, Fairness, Payer, Turns};
+pub use shares::{Client, Fairness, Payer};
+pub use turns::Turns;

@@ -1,13 +1,12 @@
 //! What one pod may hold of the agent at a time.
 
-use std::collections::HashMap;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Weak};
 
-use parking_lot::Mutex;
 use thiserror::Error;
 
 use super::is_overdue;
+use super::living::Living;
 use crate::resilience::limit::{ConcurrencyLimit, Slot};
 
 /// Bounds of one pod on its node.
@@ -33,7 +32,7 @@ impl Default for QuotaLimits {
 #[derive(Debug)]
 pub struct Quotas {
     limits: QuotaLimits,
-    pods: Mutex<HashMap<u64, Weak<Quota>>>,
+    pods: Arc<Living<u64, Quota>>,
     counters: Arc<Counters>,
 }
 
@@ -61,7 +60,7 @@ impl Quotas {
     pub fn new(limits: QuotaLimits) -> Self {
         Self {
             limits,
-            pods: Mutex::default(),
+            pods: Arc::default(),
             counters: Arc::default(),
         }
     }
@@ -69,19 +68,14 @@ impl Quotas {
     /// The quota of the pod with this number (its netns cookie), to be kept for a connection's life.
     #[must_use]
     pub fn of(&self, pod: u64) -> Arc<Quota> {
-        let mut pods = self.pods.lock();
-        if let Some(quota) = pods.get(&pod).and_then(Weak::upgrade) {
-            return quota;
-        }
-        pods.retain(|_, quota| quota.strong_count() > 0);
-        let quota = Arc::new(Quota {
+        self.pods.get_or(pod, || Quota {
+            pod,
+            pods: self.pods.clone(),
             requests: ConcurrencyLimit::new(self.limits.requests),
             most: self.limits.bytes,
             reserved: AtomicUsize::new(0),
             counters: self.counters.clone(),
-        });
-        pods.insert(pod, Arc::downgrade(&quota));
-        quota
+        })
     }
 
     /// How often each bound was met, by name.
@@ -99,6 +93,8 @@ impl Quotas {
 /// What one pod holds.
 #[derive(Debug)]
 pub struct Quota {
+    pod: u64,
+    pods: Arc<Living<u64, Quota>>,
     requests: Arc<ConcurrencyLimit>,
     most: usize,
     reserved: AtomicUsize,
@@ -135,6 +131,12 @@ impl Quota {
                 None
             }
         }
+    }
+}
+
+impl Drop for Quota {
+    fn drop(&mut self) {
+        self.pods.forget(&self.pod);
     }
 }
 
@@ -205,6 +207,6 @@ mod tests {
         assert!(Arc::ptr_eq(&one, &same));
         drop((one, same));
         let _other = quotas.of(2);
-        assert_eq!(quotas.pods.lock().len(), 1);
+        assert_eq!(quotas.pods.len(), 1);
     }
 }

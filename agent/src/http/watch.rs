@@ -193,9 +193,7 @@ impl Watched {
         }
         written
     }
-}
 
-impl Watched {
     fn poll_own_words(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         while let Some(left) = self
             .own

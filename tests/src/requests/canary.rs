@@ -99,7 +99,7 @@ impl Canary {
             ))
             .document(policy::traffic_policy(
                 "api-v2",
-                &json!({"fallback": {"backend": {"name": "api-v1", "port": PORT}}}),
+                json!({"fallback": {"backend": {"name": "api-v1", "port": PORT}}}),
             ));
         if let Some(binaries) = binaries {
             builder = builder.binaries(binaries);

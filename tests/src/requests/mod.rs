@@ -11,6 +11,7 @@ pub use breakers::Transition;
 pub use canary::{Backend, Canary, CanaryOptions};
 pub use flood::{Flood, FloodOptions, Flooder, VictimP99};
 pub use outage::{Client, Outage, OutageOptions, Phase, Switch};
+pub use policy::traffic_policy;
 
 /// Is told what happens, as it happens.
 pub type Tell = dyn Fn(&str);

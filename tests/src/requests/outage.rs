@@ -121,7 +121,7 @@ impl Outage {
         builder = builder
             .service(ServiceSpec::new("api").http(PORT, TARGET))
             .document(policy::route("api", PORT, &[("api", 1)]))
-            .document(policy::traffic_policy("api", &spec(options)));
+            .document(policy::traffic_policy("api", spec(options)));
         if let Some(binaries) = binaries {
             builder = builder.binaries(binaries);
         }

@@ -24,8 +24,8 @@ pub(super) fn route(service: &str, port: u16, backends: &[(&str, u32)]) -> Value
 }
 
 /// A TrafficPolicy on Service `service`.
-pub(super) fn traffic_policy(service: &str, spec: &Value) -> Value {
-    let mut spec = spec.clone();
+#[must_use]
+pub fn traffic_policy(service: &str, mut spec: Value) -> Value {
     spec["targetRefs"] = json!([{"group": "", "kind": "Service", "name": service}]);
     json!({
         "apiVersion": "undermesh.io/v1alpha1",

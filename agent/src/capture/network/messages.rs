@@ -130,17 +130,8 @@ mod tests {
     use rtnetlink::packet_route::AddressFamily;
 
     use super::*;
-    use crate::capture::network::{DeviceAddress, needed};
-
-    fn pod() -> Vec<DeviceAddress> {
-        ["10.0.0.5", "fd00::5"]
-            .into_iter()
-            .map(|address| DeviceAddress {
-                address: address.parse().unwrap(),
-                device: 7,
-            })
-            .collect()
-    }
+    use crate::capture::network::needed;
+    use crate::capture::network::tests::pod;
 
     #[test]
     fn what_is_laid_is_recognised_when_it_is_read_back() {

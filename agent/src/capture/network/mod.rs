@@ -137,7 +137,7 @@ pub fn needed(addresses: &[DeviceAddress]) -> BTreeSet<Entry> {
 mod tests {
     use super::*;
 
-    fn pod() -> Vec<DeviceAddress> {
+    pub(super) fn pod() -> Vec<DeviceAddress> {
         ["10.0.0.5", "fd00::5"]
             .into_iter()
             .map(|address| DeviceAddress {

@@ -64,10 +64,6 @@ impl RequestRule for RuleManifest {
     const KIND: RouteKind = RouteKind::Grpc;
     const WITHOUT_WEIGHT: &'static str = "the answer is UNAVAILABLE";
 
-    fn any() -> Self {
-        Self::default()
-    }
-
     fn name(&self) -> Option<&str> {
         self.name.as_deref()
     }

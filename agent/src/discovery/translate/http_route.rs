@@ -106,11 +106,6 @@ impl RequestRule for RuleManifest {
     const KIND: RouteKind = RouteKind::Http;
     const WITHOUT_WEIGHT: &'static str = "the answer is 500";
 
-    /// As the API's default has it.
-    fn any() -> Self {
-        Self::default()
-    }
-
     fn name(&self) -> Option<&str> {
         self.name.as_deref()
     }

@@ -13,15 +13,13 @@ use super::route::{
 };
 use crate::mesh::route::{RouteId, RouteKind};
 
-/// A rule as its kind of route writes it.
-pub(super) trait RequestRule: DeserializeOwned {
+/// A rule as its kind of route writes it. The default one matches every request, as the API has it for a route without
+/// rules.
+pub(super) trait RequestRule: DeserializeOwned + Default {
     /// The kind of the route.
     const KIND: RouteKind;
     /// What a client gets if no backend has a weight.
     const WITHOUT_WEIGHT: &'static str;
-
-    /// The rule of a route that has none: it matches every request.
-    fn any() -> Self;
 
     /// `name`.
     fn name(&self) -> Option<&str>;
@@ -46,7 +44,7 @@ impl RouteFacts {
         const FIELD: &str = "spec.rules";
         let id = identify(Rule::KIND, metadata);
         let given: Option<Vec<Rule>> = reread(spec.rules, FIELD)?;
-        let given = given.unwrap_or_else(|| vec![Rule::any()]);
+        let given = given.unwrap_or_else(|| vec![Rule::default()]);
         at_most(FIELD, &given, RULES_MAX)?;
         let hostnames = spec.hostnames.unwrap_or_default();
         let mut notes: Vec<_> = note_on_hostnames(hostnames).into_iter().collect();
