@@ -52,7 +52,7 @@ fn workload(index: u32) -> Result<Arc<Workload>> {
         probe_ports: Default::default(),
         opaque_ports: Default::default(),
         membership: Membership::Meshed(Mode::Strict),
-        ready: true,
+        readiness: undermesh::mesh::Readiness::Ready,
         sandbox: None,
         name: ObjectName::new("shop", &name),
     }))
@@ -65,7 +65,7 @@ fn virtual_address(index: u32) -> SocketAddr {
 fn service(index: u32) -> Arc<Service> {
     let endpoint = |pod| Endpoint {
         address: address(pod),
-        ready: true,
+        readiness: undermesh::mesh::Readiness::Ready,
         workload: Some(WorkloadUid(format!("pod-{pod}").into())),
     };
     let each = PODS / SERVICES;

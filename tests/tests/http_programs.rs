@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use serde_json::json;
+use undermesh_lab::requests::traffic_policy;
 use undermesh_lab::stage::{PORT, TARGET, near_and_far};
 use undermesh_lab::web::{Behaviour, LoadOptions, WebOptions};
 use undermesh_lab::{Lab, PodHandle, PodSpec, ServiceSpec, Side, apps, machine, wait};
@@ -16,6 +17,17 @@ fn run(pod: &PodHandle, program: &str, args: &[&str]) -> Result<String> {
     Ok(text + &String::from_utf8_lossy(&output.stderr))
 }
 
+/// Lets every endpoint of Service `both` have its turn: by default the faster one gets more, and one that is new is passed
+/// over for a while.
+fn in_turn(lab: &Lab) -> Result<()> {
+    let in_turn = json!({"balancing": {"algorithm": "RoundRobin"}, "slowStart": {"window": "0s"}});
+    lab.put(traffic_policy("both", in_turn))?;
+    wait::until_true("the policy", LIMIT, || {
+        let policies = lab.node(Side::A)?.agent().admin_text("/policies")?;
+        Ok(policies.contains("both"))
+    })
+}
+
 #[test]
 fn grpc_of_another_language_streams_and_keeps_its_deadlines_and_cancellations() -> Result<()> {
     machine::require_module("grpc", "python3-grpcio")?;
@@ -24,6 +36,7 @@ fn grpc_of_another_language_streams_and_keeps_its_deadlines_and_cancellations() 
     let port = TARGET.to_string();
     let serve = |name: &str| apps::python_server(&lab.pod(name)?, "grpc_server", &[&port, name]);
     let servers = [serve("near")?, serve("far")?];
+    in_turn(&lab)?;
     for service in ["near", "far", "both"] {
         let to = lab.service(service, PORT)?.to_string();
         let seen = apps::python_client(&client, "grpc_client", &[&to])?;
@@ -85,6 +98,7 @@ fn load_generators_see_no_failed_request_over_http1_and_http2() -> Result<()> {
     let client = lab.pod("client")?;
     let serve = |name: &str| lab.pod(name)?.serve_web(&WebOptions::new(name, TARGET));
     let servers = [serve("near")?, serve("far")?];
+    in_turn(&lab)?;
     let to = lab.service("both", PORT)?;
     let url = format!("http://{to}/");
     let wrk = run(&client, "wrk", &["-t1", "-c16", "-d2s", &url])?;

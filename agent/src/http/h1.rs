@@ -23,6 +23,7 @@ use super::body::BodyError;
 use super::client::{Kind, Lease, NeverSent, SendError, UpstreamBody, UpstreamBodyKind};
 use super::io::HttpIo;
 use super::places::Places;
+use super::pool::Terms;
 use super::replay::{Gate, ReplayBody, Tail};
 use super::upgrade::Switched;
 use super::upstreams::{Connected, Held, Upstreams};
@@ -43,6 +44,8 @@ pub(super) struct H1 {
     requests: u32,
     /// Requests after which it is used no more.
     most: Option<u32>,
+    /// How long it may idle, if the last request said so.
+    idle: Option<Duration>,
     /// Since when it idles.
     pub(super) since: Instant,
     /// Whose connection it is, where those are limited.
@@ -72,6 +75,7 @@ impl H1 {
             connection,
             requests: 0,
             most: None,
+            idle: None,
             since: Instant::now(),
             places: None,
             _held: connected.held,
@@ -82,9 +86,16 @@ impl H1 {
         self.requests > 0
     }
 
-    /// From now on it carries so many requests at most, with those that it has carried.
-    pub(super) fn limit(&mut self, most: Option<u32>) {
-        self.most = most;
+    /// From now on it carries as many requests at most, with those that it has carried, and idles for as
+    /// long, as these terms say.
+    pub(super) fn limit(&mut self, terms: &Terms<'_>) {
+        self.most = terms.requests;
+        self.idle = terms.idle;
+    }
+
+    /// Whether it has idled for too long: for longer than this, if no request said otherwise.
+    pub(super) fn is_expired(&self, now: Instant, limit: Duration) -> bool {
+        now.duration_since(self.since) >= self.idle.unwrap_or(limit)
     }
 
     /// Whether it is one of these, which are limited.

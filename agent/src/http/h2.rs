@@ -10,7 +10,7 @@ use h2::client::{Builder, Connection, SendRequest};
 use h2::{Reason, RecvStream, SendStream};
 use http::{HeaderMap, Request, Response};
 use hyper::body::{Body, Frame, SizeHint};
-use parking_lot::Mutex;
+use parking_lot::{Mutex, MutexGuard};
 use tokio::runtime::Handle;
 use tokio::task::AbortHandle;
 use tokio::time::{Instant, sleep};
@@ -19,6 +19,7 @@ use super::body::BodyError;
 use super::client::{Kind, Lease, NeverSent, SendError, UpstreamBody, UpstreamBodyKind};
 use super::io::HttpIo;
 use super::places::Places;
+use super::pool::Terms;
 use super::replay::ReplayBody;
 use super::upstreams::{Connected, Upstreams};
 use crate::fairness;
@@ -62,6 +63,8 @@ struct Usage {
     retired: bool,
     /// Requests that it carries at most, as the last one had it.
     most: u32,
+    /// How long it may idle, if the last one said so.
+    idle: Option<Duration>,
 }
 
 /// A place for one stream.
@@ -137,6 +140,7 @@ impl H2 {
                 idle_since: Instant::now(),
                 retired: false,
                 most: u32::MAX,
+                idle: None,
             }),
             task: task.abort_handle(),
             line,
@@ -163,10 +167,15 @@ impl H2 {
 
     /// A place for a stream, if the connection has not carried as many as this request wants at most
     /// on one. The last one retires it.
-    pub(super) fn claim(self: &Arc<Self>, most: Option<u32>) -> Option<H2Place> {
+    pub(super) fn claim(self: &Arc<Self>, terms: &Terms<'_>) -> Option<H2Place> {
         let mut usage = self.usage.lock();
-        let most = most.unwrap_or(u32::MAX);
-        usage.most = most;
+        usage.most = terms.requests.unwrap_or(u32::MAX);
+        usage.idle = terms.idle;
+        self.claim_within(usage)
+    }
+
+    fn claim_within(self: &Arc<Self>, mut usage: MutexGuard<'_, Usage>) -> Option<H2Place> {
+        let most = usage.most;
         if usage.retired || usage.served >= most {
             usage.retired = true;
             return None;
@@ -183,9 +192,8 @@ impl H2 {
 
     /// A place under the terms of the last one, if there is room.
     pub(super) fn claim_again(self: &Arc<Self>) -> Option<H2Place> {
-        let most = self.usage.lock().most;
         match self.fitness() {
-            Fitness::Room => self.claim(Some(most)),
+            Fitness::Room => self.claim_within(self.usage.lock()),
             Fitness::Full | Fitness::Dead => None,
         }
     }
@@ -194,6 +202,13 @@ impl H2 {
     pub(super) fn is_of(&self, places: &Arc<Places>) -> bool {
         let line = self.line.as_ref();
         line.is_some_and(|(own, _)| Arc::ptr_eq(own, places))
+    }
+
+    /// Whether it has had no stream for too long: for longer than this, if no request said otherwise.
+    pub(super) fn is_expired(&self, now: Instant, limit: Duration) -> bool {
+        let own = self.usage.lock().idle;
+        let since = self.idle_since();
+        since.is_some_and(|since| now.duration_since(since) >= own.unwrap_or(limit))
     }
 
     /// Since when it has had no stream.

@@ -37,7 +37,7 @@ pub use framing::{Framing, Violation};
 pub use guard::{BadRequest, check_authority};
 pub use headers::{ClientView, RequestId, Side, to_downstream, to_upstream};
 pub use io::HttpIo;
-pub use places::{Crowded, Places};
+pub use places::{Crowded, Place, PlaceCounts, Places};
 pub use pool::{PoolCounters, PoolLimits, PoolStatus, Terms, UpstreamKey, UpstreamPool, Way};
 pub use refused::request_info;
 pub use replay::{Replay, ReplayBody};

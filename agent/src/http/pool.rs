@@ -82,6 +82,9 @@ pub struct Terms<'a> {
     /// Requests that a connection carries at most, this one too: one that has carried as many is
     /// closed in order, and another made. None is no limit.
     pub requests: Option<u32>,
+    /// How long the connection is kept without a request after this one, which is looked at once a
+    /// second. None: as [`PoolLimits`] say.
+    pub idle: Option<Duration>,
     /// How many connections there may be, this request's too.
     pub places: Option<Arc<Places>>,
     /// Set for as long as the request waits for one of them.

@@ -13,7 +13,7 @@ use super::client::{Kind, Lease, NeverSent, SendError};
 use super::h1::{Condition, H1};
 use super::h2::{Fitness, H2};
 use super::io::HttpIo;
-use super::places::{Crowded, Entry, Grant, Place, Places};
+use super::places::{Entry, Grant, Place, Places};
 use super::pool::{PoolLimits, PoolStatus, Terms, Totals, UpstreamKey};
 use super::server::Wire;
 use crate::fairness;
@@ -142,11 +142,10 @@ impl Upstreams {
         let Some(places) = &terms.places else {
             return Ok(None);
         };
-        let turn = match places.enter(self)? {
+        let turn = match places.enter(Arc::downgrade(self))? {
             Entry::Place(place) => return Ok(Some(Grant::Place(place))),
             Entry::Wait(turn) => turn,
         };
-        places.free_idle();
         // Stays set if the request gives up meanwhile.
         let waits = |now| {
             if let Some(waits) = terms.waits {
@@ -154,7 +153,7 @@ impl Upstreams {
             }
         };
         waits(true);
-        let grant = turn.await.map_err(|_| Crowded::Connections)?;
+        let grant = turn.come().await?;
         waits(false);
         Ok(Some(grant))
     }
@@ -222,7 +221,7 @@ impl Upstreams {
         let places = place.as_ref().map(|place| place.places().clone());
         let mut connection = new_h1(connected.holding(place)).await?;
         connection.places = places;
-        connection.limit(terms.requests);
+        connection.limit(terms);
         Ok((connection, self.clone()).into())
     }
 
@@ -236,7 +235,7 @@ impl Upstreams {
         let places = place.as_ref().map(|place| place.places().clone());
         let line = places.clone().map(|places| (places, Arc::downgrade(self)));
         let connection = new_h2(connected.holding(place), line).await?;
-        let stream = connection.claim(terms.requests);
+        let stream = connection.claim(terms);
         self.keep_h2(connection.clone());
         if let Some(places) = places.filter(|places| places.has_line()) {
             self.serve_line(&connection, &places);
@@ -260,7 +259,7 @@ impl Upstreams {
         loop {
             let mut connection = self.state.lock().idle.pop()?;
             self.totals.idle.fetch_sub(1, Ordering::Relaxed);
-            connection.limit(terms.requests);
+            connection.limit(terms);
             match connection.condition() {
                 Condition::Free if connection.is_spent() => {
                     fairness::spawn(connection.close());
@@ -386,7 +385,7 @@ impl Upstreams {
                 None => return None,
             };
             // One that has no place to give is retired by that, and looked at no more.
-            if let Some(place) = connection.claim(terms.requests) {
+            if let Some(place) = connection.claim(terms) {
                 count(&self.totals.reused);
                 return Some(place.into());
             }
@@ -426,7 +425,7 @@ impl Upstreams {
             let mut kept = Vec::with_capacity(state.idle.len());
             for mut connection in state.idle.drain(..) {
                 match connection.condition() {
-                    Condition::Free if now.duration_since(connection.since) < self.limits.idle => {
+                    Condition::Free if !connection.is_expired(now, self.limits.idle) => {
                         kept.push(connection);
                     }
                     Condition::Free | Condition::Ended => expired.push(connection),
@@ -435,9 +434,7 @@ impl Upstreams {
             }
             state.idle = kept;
             state.multiplexed.retain(|connection| {
-                let expired = connection
-                    .idle_since()
-                    .is_some_and(|since| now.duration_since(since) >= self.limits.idle_h2);
+                let expired = connection.is_expired(now, self.limits.idle_h2);
                 if expired {
                     connection.retire();
                     count(&self.totals.expired);

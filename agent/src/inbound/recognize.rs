@@ -118,7 +118,7 @@ mod tests {
     fn in_front(cart: &Workload, name: &str, opaque: bool, app: SocketAddr) -> Arc<Service> {
         let endpoint = Endpoint {
             address: app,
-            ready: true,
+            readiness: crate::mesh::Readiness::Ready,
             workload: Some(cart.uid.clone()),
         };
         Arc::new(Service {

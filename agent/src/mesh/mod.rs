@@ -25,7 +25,7 @@ pub use policy::{
     ConnectionLimits, FallbackBackend, HashKey, Locality, Nearness, StreamTimeouts, TrafficPolicy,
 };
 pub use ports::{PortSet, PortSetError};
-pub use service::{Endpoint, Service, ServicePort};
+pub use service::{Endpoint, Readiness, Service, ServicePort};
 pub use snapshot::{Destination, SharedSnapshot, Snapshot};
 pub use spiffe::{NAME_MAX, SpiffeId, SpiffeIdError, TrustDomain, is_kubernetes_name};
 pub use targets::{CaptureTarget, TargetChanges};

@@ -45,10 +45,34 @@ pub struct ServicePort {
 pub struct Endpoint {
     /// Address and target port.
     pub address: SocketAddr,
-    /// Condition `ready` (unset counts as ready, as the API says).
-    pub ready: bool,
+    /// Whether connections go there.
+    pub readiness: Readiness,
     /// The pod behind it, where one is known.
     pub workload: Option<WorkloadUid>,
+}
+
+/// Whether an endpoint gets connections and requests, as Kubernetes says it (KEP-1669): the ready ones
+/// do, and those that are leaving where nobody is ready. What is under way is never cut by it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Readiness {
+    /// It gets none.
+    Unready,
+    /// Its pod is ending and serves still.
+    Leaving,
+    /// It gets them.
+    Ready,
+}
+
+impl Readiness {
+    /// Of a pod that is ready, or not, and is ending, or not.
+    #[must_use]
+    pub fn of(is_serving: bool, is_terminating: bool) -> Self {
+        match (is_serving, is_terminating) {
+            (true, false) => Self::Ready,
+            (true, true) => Self::Leaving,
+            (false, _) => Self::Unready,
+        }
+    }
 }
 
 #[cfg(test)]

@@ -36,7 +36,7 @@ fn workload(number: u8, addresses: &[u8], meshed: bool) -> Arc<Workload> {
         } else {
             Membership::Outside
         },
-        ready: true,
+        readiness: crate::mesh::Readiness::Ready,
         sandbox: None::<Sandbox>,
     })
 }
@@ -44,7 +44,7 @@ fn workload(number: u8, addresses: &[u8], meshed: bool) -> Arc<Workload> {
 fn service(number: u8, vips: &[u8], ports: &[(u16, Vec<u8>)]) -> Arc<Service> {
     let endpoint = |&number: &u8| Endpoint {
         address: (address(number), 8080).into(),
-        ready: true,
+        readiness: crate::mesh::Readiness::Ready,
         workload: Some(uid(number)),
     };
     Arc::new(Service {

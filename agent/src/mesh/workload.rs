@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use serde::Serialize;
 
-use super::{Mode, PortSet, SpiffeId};
+use super::{Mode, PortSet, Readiness, SpiffeId};
 
 /// A pod's UID (`metadata.uid`), or `namespace/name` where a manifest gives none.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
@@ -99,8 +99,8 @@ pub struct Workload {
     pub opaque_ports: PortSet,
     /// Whether and how it belongs to the mesh.
     pub membership: Membership,
-    /// Condition `Ready` (a pod without a status counts as ready).
-    pub ready: bool,
+    /// Condition `Ready` (a pod without a status counts as ready), and whether it is ending.
+    pub readiness: Readiness,
     /// Only for pods whose manifest says so: those of this node.
     pub sandbox: Option<Sandbox>,
 }

@@ -13,13 +13,13 @@ use super::connect::{Failure, Upstream};
 use super::destinations::{DestinationId, EndpointId, Reachable, Route, RouteKey, Traffic};
 use super::target::Target;
 use crate::capture::{Capture, EnrolledPod};
+use crate::http::{Crowded, Place, Places};
 use crate::mesh::route::{BackendTarget, StreamRule};
 use crate::mesh::{ObjectName, Snapshot, StreamTimeouts, TrafficPolicy};
 use crate::relay::{self, Ended, Peer};
 use crate::resilience::breaker::Permit;
 use crate::resilience::destination::{Ask, Attempt};
 use crate::resilience::ejection::SourceId;
-use crate::resilience::limit::{ConcurrencyLimit, Slot};
 use crate::resilience::retry::{Body, Decision, Facts, Method, Nature, Stop};
 use crate::resilience::timeout::Deadline;
 use crate::resilience::{self, Outcome, Retries, Timestamp, Unsent};
@@ -48,7 +48,7 @@ pub(super) struct Connected {
 
 /// A destination, as one connection may use it.
 struct Bound {
-    connections: Option<Arc<ConcurrencyLimit>>,
+    places: Option<Arc<Places>>,
     route: Arc<Route>,
     reachable: Reachable,
     policy: Arc<TrafficPolicy>,
@@ -59,7 +59,7 @@ struct Judged {
     attempt: Attempt<EndpointId>,
     permit: Permit,
     /// Its place among the connections that are open.
-    place: Option<Slot>,
+    place: Option<Place>,
 }
 
 impl Outbound {
@@ -76,7 +76,14 @@ impl Outbound {
             }
             Target::Pod(endpoint) => {
                 return Ok(Connected {
-                    upstream: self.connect_to(origin, snapshot, endpoint).await?,
+                    upstream: self
+                        .connect_to(
+                            origin,
+                            snapshot,
+                            endpoint,
+                            snapshot.config().connect_timeout,
+                        )
+                        .await?,
                     judged: None,
                     limits: StreamTimeouts::default(),
                 });
@@ -140,13 +147,13 @@ impl Outbound {
         let client = origin.pod.workload();
         Ok(Bound {
             reachable: destination.reachable(&client, source, origin.local, now),
-            connections: destination.connections(),
+            places: destination.places(),
             route,
             policy,
         })
     }
 
-    /// Asks the breaker, then tries endpoints as often as the policy allows.
+    /// Asks the breaker, waits for a place, then tries endpoints as often as the policy allows.
     async fn connect_within(
         &self,
         origin: &Origin,
@@ -154,21 +161,27 @@ impl Outbound {
         bound: &Bound,
     ) -> Result<Connected, Failure> {
         let Bound {
-            connections,
+            places,
             route,
             reachable,
             policy,
         } = bound;
         let clock = self.destinations.clock();
-        let place = connections.as_ref().map(|places| places.take()).transpose();
-        let place = place.map_err(|_| {
-            let detail = "as many connections as its policy allows are open";
-            Failure::new(FailureReason::Overload, detail)
-        })?;
         let permit = route.breaker.admit(clock.now()).map_err(|open| {
             let detail = format!("{open} for {}", route.breaker.name());
             Failure::new(FailureReason::CircuitOpen, detail)
         })?;
+        let limit = policy.connect_limit(snapshot.config());
+        let place = match places {
+            None => None,
+            Some(places) => match place_within(places, limit).await {
+                Ok(place) => Some(place),
+                Err(failure) => {
+                    permit.finish(failure.outcome(), clock.now());
+                    return Err(failure);
+                }
+            },
+        };
         let budget = reachable.budget();
         // Nothing of the client was read yet: whatever it is, it can be sent elsewhere.
         let nature = Nature {
@@ -191,7 +204,7 @@ impl Outbound {
                 return Err(failure);
             };
             let endpoint = attempt.target().clone();
-            let failure = match self.connect_to(origin, snapshot, &endpoint).await {
+            let failure = match self.connect_to(origin, snapshot, &endpoint, limit).await {
                 Ok(upstream) => {
                     return Ok(Connected {
                         upstream,
@@ -235,6 +248,7 @@ impl Outbound {
         origin: &Origin,
         snapshot: &Snapshot,
         endpoint: &EndpointId,
+        limit: Duration,
     ) -> Result<Upstream, Failure> {
         let way = self
             .dialer
@@ -243,7 +257,6 @@ impl Outbound {
             info.destination = way.party();
             info.security = way.security();
         });
-        let limit = snapshot.config().connect_timeout;
         let service = origin.target.service();
         self.dialer
             .open(
@@ -314,6 +327,17 @@ impl Outbound {
             None => relay.await,
         }
     }
+}
+
+/// A place among the connections of a destination, by its turn and within this time.
+async fn place_within(places: &Arc<Places>, limit: Duration) -> Result<Place, Failure> {
+    let taken = tokio::time::timeout(limit, places.take()).await;
+    taken
+        .unwrap_or(Err(Crowded::Connections))
+        .map_err(|crowded| {
+            let detail = format!("{crowded}: the limit of its policy");
+            Failure::new(FailureReason::Overload, detail)
+        })
 }
 
 /// Returns when a connection has been silent, or has lasted, for longer than is allowed. Silence is

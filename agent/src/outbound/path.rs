@@ -80,7 +80,7 @@ mod tests {
             probe_ports: Default::default(),
             opaque_ports: Default::default(),
             membership,
-            ready: true,
+            readiness: crate::mesh::Readiness::Ready,
             sandbox: None,
         }
     }

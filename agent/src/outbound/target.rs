@@ -148,7 +148,7 @@ mod tests {
             opaque,
             endpoints: Arc::new([Endpoint {
                 address: target.parse().unwrap(),
-                ready: true,
+                readiness: crate::mesh::Readiness::Ready,
                 workload: Some(WorkloadUid("uid-cart".into())),
             }]),
         };

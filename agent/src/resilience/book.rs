@@ -44,6 +44,21 @@ pub struct DestinationView {
     pub retries_granted: u64,
     /// Retries that its budget refused since the start.
     pub retries_refused: u64,
+    /// Its connections, where a policy limits them.
+    pub connections: Option<ConnectionsView>,
+}
+
+/// The upstream connections to a destination, for requests and opaque ones, where they are limited.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct ConnectionsView {
+    /// Connections now.
+    pub open: u32,
+    /// Requests and opaque connections that wait for one now.
+    pub waiting: usize,
+    /// Those that got none, since they waited in vain or nobody may wait, since the start.
+    pub in_vain: u64,
+    /// Those that could not wait, since as many as may did, since the start.
+    pub refused: u64,
 }
 
 /// The breaker of one route to a destination.

@@ -29,8 +29,8 @@ pub(crate) mod testing;
 mod view;
 
 pub use self::http::{
-    AttemptView, HttpProtocol, REASON_HEADER, RequestEnd, RequestEvent, RequestInfo, RequestRecord,
-    Requester, ResponseFlag,
+    AttemptView, HttpProtocol, REASON_HEADER, RequestEnd, RequestEvent, RequestEvents, RequestInfo,
+    RequestRecord, Requester, ResponseFlag,
 };
 pub use access_log::TARGET as ACCESS_LOG_TARGET;
 pub use chain::error_chain;

@@ -28,7 +28,7 @@ pub(crate) fn workload(name: &str, address: &str) -> Arc<Workload> {
         probe_ports: Default::default(),
         opaque_ports: Default::default(),
         membership: Membership::Meshed(Mode::Strict),
-        ready: true,
+        readiness: crate::mesh::Readiness::Ready,
         sandbox: None,
     })
 }

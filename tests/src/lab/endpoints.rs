@@ -64,7 +64,7 @@ impl Plan {
                     .or_insert_with(|| (ports, Vec::new()));
                 group.1.push(json!({
                     "addresses": [ip],
-                    "conditions": {"ready": is_ready(pod)},
+                    "conditions": conditions(pod),
                     "nodeName": text(pod, "/spec/nodeName"),
                     "targetRef": {
                         "kind": "Pod",
@@ -120,11 +120,17 @@ impl Plan {
                     _ => Protocol::Tcp,
                 };
                 for vip in vips(service) {
-                    let endpoints = slices
-                        .iter()
-                        .flat_map(|slice| endpoints(slice, text(port, "/name")))
-                        .filter(|endpoint| endpoint.is_ipv4() == vip.is_ipv4())
-                        .collect();
+                    let with = |wanted: fn(&Value) -> bool| -> Vec<SocketAddr> {
+                        let slices = slices.iter();
+                        slices
+                            .flat_map(|slice| endpoints(slice, text(port, "/name"), wanted))
+                            .filter(|endpoint| endpoint.is_ipv4() == vip.is_ipv4())
+                            .collect()
+                    };
+                    let mut endpoints = with(counts_as_ready);
+                    if endpoints.is_empty() {
+                        endpoints = with(is_leaving);
+                    }
                     backends.push(Backend {
                         vip,
                         protocol,
@@ -172,6 +178,17 @@ pub(super) fn vips(service: &Value) -> Vec<IpAddr> {
     vips
 }
 
+/// As the controller writes them: what terminates is not ready, and serves for as long as its pod is ready.
+fn conditions(pod: &Value) -> Value {
+    let is_serving = is_ready(pod);
+    let is_terminating = pod.pointer("/metadata/deletionTimestamp").is_some();
+    json!({
+        "ready": is_serving && !is_terminating,
+        "serving": is_serving,
+        "terminating": is_terminating,
+    })
+}
+
 fn is_ready(pod: &Value) -> bool {
     let conditions = items(pod, "/status/conditions");
     let ready = conditions
@@ -208,8 +225,18 @@ fn target_ports(service: &Value, pod: &Value) -> Vec<Value> {
         .collect()
 }
 
-/// Ready addresses of a slice for a Service's port of that name.
-fn endpoints(slice: &Value, port: &str) -> Vec<SocketAddr> {
+fn counts_as_ready(endpoint: &Value) -> bool {
+    endpoint.pointer("/conditions/ready") != Some(&false.into())
+}
+
+/// What kube-proxy falls back to where nothing is ready.
+fn is_leaving(endpoint: &Value) -> bool {
+    let is = |condition: &str| endpoint.pointer(condition) == Some(&true.into());
+    is("/conditions/serving") && is("/conditions/terminating")
+}
+
+/// Addresses of a slice for a Service's port of that name, of those endpoints that are `wanted`.
+fn endpoints(slice: &Value, port: &str, wanted: fn(&Value) -> bool) -> Vec<SocketAddr> {
     let ports = items(slice, "/ports").iter();
     let Some(number) = ports
         .filter(|entry| text(entry, "/name") == port)
@@ -219,7 +246,7 @@ fn endpoints(slice: &Value, port: &str) -> Vec<SocketAddr> {
     };
     items(slice, "/endpoints")
         .iter()
-        .filter(|endpoint| endpoint.pointer("/conditions/ready") != Some(&false.into()))
+        .filter(|endpoint| wanted(endpoint))
         .flat_map(|endpoint| items(endpoint, "/addresses"))
         .filter_map(|address| address.as_str()?.parse().ok())
         .map(|ip: IpAddr| SocketAddr::new(ip, number))
@@ -241,5 +268,31 @@ mod tests {
         endpoints.sort();
         assert_eq!(endpoints, ["10.241.0.2:8080", "10.242.0.2:9090"]);
         assert_eq!(backends.len(), 2);
+    }
+
+    #[test]
+    fn pods_that_terminate_are_left_to_who_finds_no_other() {
+        let mut plan = plan(WEB);
+        let v4 = |plan: &super::Plan| {
+            let backends = plan.backends();
+            let v4 = backends.into_iter().find(|backend| backend.vip.is_ipv4());
+            v4.unwrap().endpoints
+        };
+        let names: Vec<(String, String)> = plan
+            .pods
+            .iter()
+            .map(|pod| (pod.namespace.clone(), pod.name.clone()))
+            .collect();
+        let all = v4(&plan);
+        assert_eq!(all.len(), 2);
+        let (space, title) = &names[0];
+        plan.set_terminating(space, title).unwrap();
+        assert_eq!(v4(&plan).len(), 1);
+        for (space, title) in &names {
+            plan.set_terminating(space, title).unwrap();
+        }
+        assert_eq!(v4(&plan), all);
+        plan.set_ready(space, title, false).unwrap();
+        assert_eq!(v4(&plan).len(), 1);
     }
 }

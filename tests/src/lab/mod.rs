@@ -218,6 +218,14 @@ impl Lab {
         inner.publish()
     }
 
+    /// Says of a pod that it was deleted: it is terminating from now on, and serves for as long as it is ready.
+    pub fn set_terminating(&self, name: &str) -> Result<()> {
+        let mut inner = self.lock();
+        let pod = inner.state.pod(name)?.clone();
+        inner.plan.set_terminating(&pod.namespace, &pod.name)?;
+        inner.publish()
+    }
+
     /// Adds an object to the manifests, or replaces it. Not for pods and Services.
     pub fn put(&self, document: Value) -> Result<()> {
         let kind = manifests::kind(&document);

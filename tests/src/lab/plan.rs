@@ -13,6 +13,9 @@ use super::endpoints::{number, vips};
 use super::state::{PodRecord, ServiceRecord};
 use crate::manifests::{file_name, items, kind, name, namespace, object, text};
 
+/// When pods were deleted that were.
+const DELETED: &str = "2026-01-01T00:00:00Z";
+
 /// Annotation of a pod that gets no IPv6.
 pub(super) const V4_ONLY: &str = "lab.undermesh.io/v4-only";
 
@@ -135,17 +138,28 @@ impl Plan {
 
     /// Says of a pod whether it is ready, as its kubelet would.
     pub fn set_ready(&mut self, space: &str, title: &str, ready: bool) -> Result<()> {
-        let wanted = |object: &&mut Value| {
-            kind(object) == "Pod" && namespace(object) == space && name(object) == title
-        };
-        let pod = self.objects.values_mut().find(wanted);
-        let pod = pod.with_context(|| format!("no pod {space}/{title}"))?;
+        let pod = self.pod_mut(space, title)?;
         let status = if ready { "True" } else { "False" };
         object(pod, &["status"])?.insert(
             "conditions".into(),
             json!([{"type": "Ready", "status": status}]),
         );
         Ok(())
+    }
+
+    /// Says of a pod that it was deleted, as the API server would: it goes on until its kubelet is done.
+    pub fn set_terminating(&mut self, space: &str, title: &str) -> Result<()> {
+        let pod = self.pod_mut(space, title)?;
+        object(pod, &["metadata"])?.insert("deletionTimestamp".into(), DELETED.into());
+        Ok(())
+    }
+
+    fn pod_mut(&mut self, space: &str, title: &str) -> Result<&mut Value> {
+        let wanted = |object: &&mut Value| {
+            kind(object) == "Pod" && namespace(object) == space && name(object) == title
+        };
+        let pod = self.objects.values_mut().find(wanted);
+        pod.with_context(|| format!("no pod {space}/{title}"))
     }
 
     fn add_pod(&mut self, mut document: Value, inherited: Option<u16>) -> Result<PodRecord> {

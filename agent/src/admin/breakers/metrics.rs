@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use super::BreakerWatch;
 use crate::resilience::BreakerBook;
-use crate::resilience::book::{BreakerView, DestinationView, EndpointView};
+use crate::resilience::book::{BreakerView, ConnectionsView, DestinationView, EndpointView};
 use crate::telemetry::{Labelled, Telemetry};
 
 /// Shows the breakers, ejections and retry budgets of this node in the metrics. Their number is that
@@ -36,6 +36,7 @@ pub fn report(telemetry: &Telemetry, book: &Arc<dyn BreakerBook>, watch: &Arc<Br
     );
     report_moves(telemetry, book, watch);
     report_endpoints(telemetry, book);
+    report_connections(telemetry, book);
     let budgets = book.clone();
     telemetry.register_counter(
         "undermesh_retry_budget_retries",
@@ -138,6 +139,55 @@ fn report_endpoints(telemetry: &Telemetry, book: &Arc<dyn BreakerBook>) {
     );
 }
 
+/// Of destinations whose connections a policy limits.
+fn report_connections(telemetry: &Telemetry, book: &Arc<dyn BreakerBook>) {
+    let limited = |of: fn(&ConnectionsView) -> f64| {
+        let book = book.clone();
+        move || {
+            let sample = |one: &DestinationView| {
+                let connections = one.connections.as_ref()?;
+                let value = of(connections);
+                Some(Labelled::one("destination", &one.destination, value))
+            };
+            book.list().iter().filter_map(sample).collect()
+        }
+    };
+    telemetry.register_gauge(
+        "undermesh_upstream_connections",
+        "Connections to a destination where a policy limits them, for requests and opaque ones",
+        limited(|connections| f64::from(connections.open)),
+    );
+    telemetry.register_gauge(
+        "undermesh_upstream_connections_waiting",
+        "Requests and opaque connections that wait for a connection",
+        limited(|connections| connections.waiting as f64),
+    );
+    let book = book.clone();
+    telemetry.register_counter(
+        "undermesh_upstream_connections_shed",
+        "Requests and opaque connections that got no connection",
+        move || {
+            let both = |one: &DestinationView| {
+                let name = one.destination.to_string();
+                let of = |limit: &str, value| Labelled {
+                    labels: vec![("destination", name.clone()), ("limit", limit.to_owned())],
+                    value,
+                };
+                one.connections
+                    .iter()
+                    .flat_map(|connections| {
+                        [
+                            of("connections", connections.in_vain),
+                            of("pending", connections.refused),
+                        ]
+                    })
+                    .collect::<Vec<_>>()
+            };
+            book.list().iter().flat_map(both).collect()
+        },
+    );
+}
+
 fn by_breaker<V>(
     destinations: &[DestinationView],
     of: impl Fn(&BreakerView) -> V,
@@ -217,6 +267,9 @@ mod tests {
             ("undermesh_outlier_ejected", 1),
             ("undermesh_outlier_ejections_withheld_total", 5),
             ("undermesh_retry_budget_retries_total", 18),
+            ("undermesh_upstream_connections", 4),
+            ("undermesh_upstream_connections_waiting", 6),
+            ("undermesh_upstream_connections_shed_total", 15),
         ] {
             assert_eq!(total(&metrics, name, &destination), expected, "{name}");
         }

@@ -12,7 +12,7 @@ use serde::Serialize;
 
 use super::Column;
 use crate::resilience::BreakerBook;
-use crate::resilience::book::{BreakerView, DestinationView, EndpointView};
+use crate::resilience::book::{BreakerView, ConnectionsView, DestinationView, EndpointView};
 use watch::Moved;
 
 /// `/breakers` as a table; JSON has the endpoints too.
@@ -48,6 +48,9 @@ pub struct BreakerRow {
     ejections_withheld: u64,
     retries_granted: u64,
     retries_refused: u64,
+    /// Where a policy limits them.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    connections: Option<ConnectionsView>,
     endpoints: Vec<EndpointView>,
 }
 
@@ -70,6 +73,7 @@ fn rows_of(destination: DestinationView, watch: &BreakerWatch) -> Vec<BreakerRow
         ejections_withheld,
         retries_granted,
         retries_refused,
+        connections,
     } = destination;
     breakers.sort_by(|one, other| one.route.cmp(&other.route));
     let ejected = endpoints.iter().filter(|one| one.is_ejected()).count();
@@ -84,6 +88,7 @@ fn rows_of(destination: DestinationView, watch: &BreakerWatch) -> Vec<BreakerRow
             ejections_withheld,
             retries_granted,
             retries_refused,
+            connections,
             endpoints: endpoints.clone(),
         })
         .collect()
@@ -136,6 +141,12 @@ pub(crate) mod testing {
                 ejections_withheld: 5,
                 retries_granted: 7,
                 retries_refused: 11,
+                connections: Some(ConnectionsView {
+                    open: 4,
+                    waiting: 6,
+                    in_vain: 8,
+                    refused: 7,
+                }),
             }]
         }
 
@@ -194,6 +205,10 @@ mod tests {
             ("endpoints_serving", json!(1)),
             ("endpoints_ejected", json!(1)),
             ("retries_refused", json!(11)),
+            (
+                "connections",
+                json!({"open": 4, "waiting": 6, "in_vain": 8, "refused": 7}),
+            ),
         ] {
             assert_eq!(row[field], value, "{field}");
         }

@@ -245,7 +245,7 @@ pub fn workload(name: &str, netns: &Path, addresses: &[IpAddr], mode: Mode) -> W
         probe_ports: Default::default(),
         opaque_ports: Default::default(),
         membership: Membership::Meshed(mode),
-        ready: true,
+        readiness: crate::mesh::Readiness::Ready,
         sandbox: Some(Sandbox {
             netns: netns.to_owned(),
             cgroup: None,
@@ -398,7 +398,7 @@ fn service(pod: &Pod) -> Service {
             opaque: false,
             endpoints: Arc::new([Endpoint {
                 address: pod.v4(8080),
-                ready: true,
+                readiness: crate::mesh::Readiness::Ready,
                 workload: Some(pod.uid()),
             }]),
         }],

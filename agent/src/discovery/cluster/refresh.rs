@@ -162,7 +162,7 @@ fn same_endpoints(old: Option<&Workload>, new: Option<&Workload>) -> bool {
     };
     old.uid == new.uid
         && old.addresses == new.addresses
-        && old.ready == new.ready
+        && old.readiness == new.readiness
         && old.named_ports == new.named_ports
         && old.labels == new.labels
 }

@@ -4,12 +4,14 @@ use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
-use k8s_openapi::api::discovery::v1::{Endpoint as SliceEndpoint, EndpointSlice};
+use k8s_openapi::api::discovery::v1::{
+    Endpoint as SliceEndpoint, EndpointConditions, EndpointSlice,
+};
 
 use super::super::object::Fault;
 use super::service::{PortFacts, ServiceFacts, TargetPort, Unready};
 use super::{check_address, check_name, check_port, is_tcp};
-use crate::mesh::{Endpoint, ObjectName, Workload};
+use crate::mesh::{Endpoint, ObjectName, Readiness, Workload};
 
 /// Label that names the Service of a slice.
 const SERVICE_LABEL: &str = "kubernetes.io/service-name";
@@ -30,8 +32,8 @@ pub struct SliceFacts {
 pub struct EndpointFacts {
     /// The first address: the API says that all of them are the same endpoint.
     pub address: IpAddr,
-    /// Condition `ready` (unset counts as ready, as the API says).
-    pub ready: bool,
+    /// Its conditions.
+    pub readiness: Readiness,
     /// The pod that is meant.
     pub target: Option<TargetRef>,
 }
@@ -144,11 +146,6 @@ fn endpoint(
             format!("{address} is not of the slice's addressType"),
         ));
     }
-    let ready = given
-        .conditions
-        .as_ref()
-        .and_then(|conditions| conditions.ready)
-        .unwrap_or(true);
     let target = given
         .target_ref
         .as_ref()
@@ -164,13 +161,31 @@ fn endpoint(
         });
     Ok(EndpointFacts {
         address,
-        ready,
+        readiness: given
+            .conditions
+            .as_ref()
+            .map_or(Readiness::Ready, readiness),
         target,
     })
 }
 
+/// What conditions mean (discovery/v1, EndpointConditions): unset, `ready` counts as true, `serving` as
+/// `ready` and `terminating` as false. `ready` is false for what terminates, unless its Service publishes
+/// whatever there is: then that is meant, and `ready` wins, as with kube-proxy.
+fn readiness(conditions: &EndpointConditions) -> Readiness {
+    let is_ready = conditions.ready.unwrap_or(true);
+    if is_ready {
+        return Readiness::Ready;
+    }
+    let is_serving = conditions.serving.unwrap_or(is_ready);
+    match conditions.terminating.unwrap_or(false) {
+        true => Readiness::of(is_serving, true),
+        false => Readiness::Unready,
+    }
+}
+
 /// Endpoints of a Service's port, out of all its slices. An address that two slices have counts
-/// once, as the API asks for; it is ready if one of them says so. An address that is another pod's
+/// once, as the API asks for, with the best of what they say of it. An address that is another pod's
 /// by now is left out.
 #[must_use]
 pub fn slice_endpoints<'a>(
@@ -195,10 +210,10 @@ pub fn slice_endpoints<'a>(
             let address = SocketAddr::new(given.address, number);
             found
                 .entry(address)
-                .and_modify(|known| known.ready |= given.ready)
+                .and_modify(|known| known.readiness = known.readiness.max(given.readiness))
                 .or_insert_with(|| Endpoint {
                     address,
-                    ready: given.ready,
+                    readiness: given.readiness,
                     workload: workload.map(|workload| workload.uid.clone()),
                 });
         }
@@ -223,12 +238,15 @@ pub fn derive_endpoints<'a>(
         let Some(number) = number else {
             continue;
         };
-        let ready = pod.ready || service.unready == Unready::Published;
+        let readiness = match service.unready {
+            Unready::Published => Readiness::Ready,
+            Unready::Withheld => pod.readiness,
+        };
         for &address in pod.addresses.iter().filter(|one| service.serves(**one)) {
             let address = SocketAddr::new(address, number);
             let endpoint = Endpoint {
                 address,
-                ready,
+                readiness,
                 workload: Some(pod.uid.clone()),
             };
             found.insert(address, endpoint);

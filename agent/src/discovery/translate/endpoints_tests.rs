@@ -50,7 +50,13 @@ fn of_slices(slices: &[SliceFacts], pod: Option<&Arc<Workload>>) -> Vec<(String,
         pod.filter(|pod| pod.addresses.contains(&address))
     })
     .into_iter()
-    .map(|one| (one.address.to_string(), one.ready, one.workload.is_some()))
+    .map(|one| {
+        (
+            one.address.to_string(),
+            one.readiness == Readiness::Ready,
+            one.workload.is_some(),
+        )
+    })
     .collect()
 }
 
@@ -94,6 +100,38 @@ fn slices_of_both_families_merge_and_an_address_counts_once() {
 }
 
 #[test]
+fn what_terminates_is_leaving_while_it_serves_and_is_unready_after() {
+    let readiness = |conditions: Value| {
+        let slice = good(|slice| slice["endpoints"][0]["conditions"] = conditions);
+        slice.endpoints[0].readiness
+    };
+    for (ready, serving, terminating, expected) in [
+        (json!(true), json!(true), json!(false), Readiness::Ready),
+        (json!(false), json!(true), json!(true), Readiness::Leaving),
+        (json!(false), json!(false), json!(true), Readiness::Unready),
+        (json!(false), json!(false), json!(false), Readiness::Unready),
+        // Not ready and not terminating, whatever it serves.
+        (json!(false), json!(true), json!(false), Readiness::Unready),
+        // `serving` is `ready` where nobody says it.
+        (json!(false), Value::Null, json!(true), Readiness::Unready),
+        (Value::Null, Value::Null, Value::Null, Readiness::Ready),
+        // With `publishNotReadyAddresses`.
+        (json!(true), json!(true), json!(true), Readiness::Ready),
+    ] {
+        let conditions = json!({"ready": ready, "serving": serving, "terminating": terminating});
+        let shown = conditions.to_string();
+        assert_eq!(readiness(conditions), expected, "{shown}");
+    }
+    let leaving = json!({"ready": false, "serving": true, "terminating": true});
+    let leaving = good(|slice| slice["endpoints"][0]["conditions"] = leaving);
+    let of = |slices: &[SliceFacts]| {
+        slice_endpoints(&http().ports[0], slices.iter(), |_| None)[0].readiness
+    };
+    assert_eq!(of(&[leaving.clone(), good(|_| ())]), Readiness::Ready);
+    assert_eq!(of(&[leaving]), Readiness::Leaving);
+}
+
+#[test]
 fn a_slice_without_a_service_or_with_names_is_of_no_concern() {
     let no_service = slice(|slice| slice["metadata"]["labels"] = json!({}));
     assert_eq!(no_service, Ok(None));
@@ -134,7 +172,7 @@ fn endpoints_are_derived_from_pods_by_number_or_name_in_the_families_of_the_serv
     let derive = |service: &ServiceFacts| -> Vec<(String, bool)> {
         derive_endpoints(service, &service.ports[0], std::iter::once(&pod))
             .into_iter()
-            .map(|one| (one.address.to_string(), one.ready))
+            .map(|one| (one.address.to_string(), one.readiness == Readiness::Ready))
             .collect()
     };
     assert_eq!(derive(&http()), [("10.0.0.1:8080".to_owned(), false)]);

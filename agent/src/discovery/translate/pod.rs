@@ -13,7 +13,8 @@ use super::membership::{Placement, Wish, annotation, membership, obstacle};
 use super::probes::probe_ports;
 use super::{NamespaceFacts, check_address, check_name, check_port, is_tcp, opaque_ports};
 use crate::mesh::{
-    Membership, MeshConfig, ObjectName, Sandbox, SpiffeId, TrustDomain, Workload, WorkloadUid,
+    Membership, MeshConfig, ObjectName, Readiness, Sandbox, SpiffeId, TrustDomain, Workload,
+    WorkloadUid,
 };
 
 /// Annotation: path of the pod's network namespace.
@@ -103,7 +104,7 @@ impl PodFacts {
             probe_ports,
             opaque_ports: opaque_ports(metadata)?,
             membership: Membership::Outside,
-            ready: is_ready(pod),
+            readiness: readiness(pod),
             sandbox: sandbox(metadata)?,
             name,
         };
@@ -213,20 +214,18 @@ fn addresses(status: &PodStatus) -> Result<Vec<IpAddr>, Fault> {
 }
 
 /// Unset counts as ready where nothing reports conditions at all, as in a manifest by hand. A pod
-/// that is being deleted is not ready, like in EndpointSlices.
-fn is_ready(pod: &Pod) -> bool {
-    if pod.metadata.deletion_timestamp.is_some() {
-        return false;
-    }
+/// that is being deleted is leaving, like in EndpointSlices.
+fn readiness(pod: &Pod) -> Readiness {
     let conditions = pod
         .status
         .as_ref()
         .and_then(|status| status.conditions.as_deref())
         .unwrap_or_default();
-    conditions.is_empty()
+    let is_serving = conditions.is_empty()
         || conditions
             .iter()
-            .any(|condition| condition.type_ == "Ready" && condition.status == "True")
+            .any(|condition| condition.type_ == "Ready" && condition.status == "True");
+    Readiness::of(is_serving, pod.metadata.deletion_timestamp.is_some())
 }
 
 /// Named TCP ports of the containers that run as long as the pod: init containers only if they are

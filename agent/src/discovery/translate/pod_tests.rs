@@ -78,7 +78,7 @@ fn a_pod_becomes_a_workload_with_all_that_the_mesh_knows_of_it() {
     let addresses: [IpAddr; 2] = ["10.0.0.1".parse().unwrap(), "fd00::1".parse().unwrap()];
     assert_eq!(workload.addresses, addresses);
     assert_eq!(workload.membership, Membership::Meshed(Mode::Strict));
-    assert!(workload.ready);
+    assert!(workload.readiness == Readiness::Ready);
     let sandbox = workload.sandbox.unwrap();
     assert_eq!(sandbox.netns, PathBuf::from("/run/netns/web"));
     assert_eq!(sandbox.cgroup, Some(PathBuf::from("/cg/web")));
@@ -93,7 +93,7 @@ fn what_a_manifest_leaves_out_has_the_defaults_of_kubernetes() {
     assert_eq!(workload.identity.to_string(), identity);
     assert_eq!(workload.addresses, ["10.0.0.1".parse::<IpAddr>().unwrap()]);
     assert_eq!(workload.membership, Membership::Outside);
-    assert!(workload.ready && workload.sandbox.is_none());
+    assert!(workload.readiness == Readiness::Ready && workload.sandbox.is_none());
 }
 
 #[test]
@@ -192,17 +192,32 @@ fn a_pod_without_an_address_is_pending_and_one_that_ended_is_finished() {
 }
 
 #[test]
-fn readiness_is_the_condition_and_a_deleted_pod_is_not_ready() {
-    let ready =
-        |conditions: Value| workload(pod(|pod| pod["status"]["conditions"] = conditions)).ready;
-    assert!(ready(json!([])));
-    assert!(ready(json!([{"type": "Ready", "status": "True"}])));
-    assert!(!ready(json!([{"type": "Ready", "status": "False"}])));
-    assert!(!ready(json!([{"type": "PodScheduled", "status": "True"}])));
-    let deleted = workload(pod(|pod| {
-        pod["metadata"]["deletionTimestamp"] = "2026-01-01T00:00:00Z".into();
-    }));
-    assert!(!deleted.ready);
+fn readiness_is_the_condition_and_a_deleted_pod_is_leaving() {
+    let readiness = |conditions: Value, deleted: Value| {
+        let pod = pod(|pod| {
+            pod["status"]["conditions"] = conditions;
+            pod["metadata"]["deletionTimestamp"] = deleted;
+        });
+        workload(pod).readiness
+    };
+    let (ready, deleted) = (
+        json!([{"type": "Ready", "status": "True"}]),
+        json!("2026-01-01T00:00:00Z"),
+    );
+    let other = json!([{"type": "PodScheduled", "status": "True"}]);
+    let unready = json!([{"type": "Ready", "status": "False"}]);
+    for (conditions, deleted, expected) in [
+        (json!([]), Value::Null, Readiness::Ready),
+        (ready.clone(), Value::Null, Readiness::Ready),
+        (unready.clone(), Value::Null, Readiness::Unready),
+        (other, Value::Null, Readiness::Unready),
+        (ready, deleted.clone(), Readiness::Leaving),
+        (json!([]), deleted.clone(), Readiness::Leaving),
+        (unready, deleted, Readiness::Unready),
+    ] {
+        let shown = format!("{conditions} {deleted}");
+        assert_eq!(readiness(conditions, deleted), expected, "{shown}");
+    }
 }
 
 #[test]

@@ -74,7 +74,7 @@ async fn workers_never_share_a_connection_and_keep_one_limit_together() {
         // What idles on the other worker is closed to make room, by that worker.
         let reused = timeout(FAR, asked).await.unwrap().unwrap();
         assert_eq!(reused, round == 2);
-        assert_eq!(places.taken(), 1);
+        assert_eq!(places.counts().taken, 1);
     }
     assert_eq!(upstream.connections(), 3);
 }
@@ -189,6 +189,49 @@ async fn a_connection_carries_as_many_requests_as_it_may_and_is_closed_in_order(
 }
 
 #[tokio::test]
+async fn a_connection_idles_for_as_long_as_its_last_request_said() {
+    let answering = Upstream::answering(OK).await;
+    let streaming = Upstream::new(|stream| async move {
+        let mut connection = ::h2::server::handshake(stream).await.unwrap();
+        while let Some(Ok((_, mut respond))) = connection.accept().await {
+            let answer = ::http::Response::new(());
+            respond.send_response(answer, true).unwrap();
+        }
+    })
+    .await;
+    for (address, wire) in [
+        (answering.address, Wire::Http1),
+        (streaming.address, Wire::Http2),
+    ] {
+        let upstreams = Upstreams::new(wire, PoolLimits::default());
+        let idle_after = async |idle| {
+            let terms = Terms {
+                idle,
+                ..Terms::default()
+            };
+            let lease = upstreams.get(&terms, || dial(address)).await.unwrap();
+            let answer = lease.send(get()).await.unwrap();
+            answer.into_body().collect().await.unwrap();
+        };
+        let is_kept = |later| {
+            upstreams.sweep(tokio::time::Instant::now() + later);
+            !upstreams.is_unused()
+        };
+        let hour = Duration::from_secs(3600);
+        idle_after(Some(hour)).await;
+        eventually("it idles", || !upstreams.is_unused()).await;
+        assert!(is_kept(hour / 2), "{wire:?}: for as long as it may");
+        idle_after(None).await;
+        eventually("it is kept as usual", || !is_kept(hour / 2)).await;
+        idle_after(Some(Duration::from_millis(10))).await;
+        eventually("it is kept no longer", || {
+            !is_kept(Duration::from_millis(10))
+        })
+        .await;
+    }
+}
+
+#[tokio::test]
 async fn streams_of_another_pod_wait_until_the_connection_is_left_and_then_share_one() {
     let upstream = Upstream::new(|stream| async move {
         let mut connection = ::h2::server::handshake(stream).await.unwrap();
@@ -218,20 +261,20 @@ async fn streams_of_another_pod_wait_until_the_connection_is_left_and_then_share
     let mut waiting = Vec::new();
     for number in 1..=2 {
         waiting.push(tokio::spawn(ask(others.clone())));
-        eventually("it waits", || places.waiting() == number).await;
+        eventually("it waits", || places.counts().waiting == number).await;
     }
     let refused = ask(others.clone()).await.err().unwrap();
     let expected = SendError::Crowded(Crowded::Pending);
     assert_eq!(refused.to_string(), expected.to_string());
     assert_eq!(refused.outcome(), crate::resilience::Outcome::Shed);
     drop(first);
-    assert_eq!(places.waiting(), 2);
+    assert_eq!(places.counts().waiting, 2);
     drop(second);
     for turn in waiting {
         let lease = timeout(FAR, turn).await.unwrap().unwrap().unwrap();
         drop(lease);
     }
-    assert_eq!((upstream.connections(), places.taken()), (2, 1));
+    assert_eq!((upstream.connections(), places.counts().taken), (2, 1));
 }
 
 #[tokio::test]
@@ -250,18 +293,96 @@ async fn who_gives_up_waiting_leaves_its_turn_to_the_next() {
     };
     let first = ask().await.unwrap();
     let impatient = tokio::spawn(ask());
-    eventually("it waits", || places.waiting() == 1).await;
+    eventually("it waits", || places.counts().waiting == 1).await;
     impatient.abort();
-    eventually("it is gone", || places.waiting() == 0).await;
+    eventually("it is gone", || places.counts().waiting == 0).await;
     let patient = tokio::spawn(ask());
-    eventually("another waits", || places.waiting() == 1).await;
+    eventually("another waits", || places.counts().waiting == 1).await;
     let answer = first.send(get()).await.unwrap();
     answer.into_body().collect().await.unwrap();
     let second = timeout(FAR, patient).await.unwrap().unwrap().unwrap();
     assert!(second.is_reused());
-    assert_eq!((upstream.connections(), places.taken()), (1, 1));
+    assert_eq!((upstream.connections(), places.counts().taken), (1, 1));
     drop(second);
-    assert_eq!(places.taken(), 0);
+    assert_eq!(places.counts().taken, 0);
+}
+
+#[tokio::test]
+async fn opaque_connections_and_requests_wait_in_one_line_in_turn() {
+    let upstream = Upstream::answering(OK).await;
+    let pool = UpstreamPool::new(PoolLimits::default());
+    let key = key(upstream.address, Wire::Http1);
+    let places = Places::new(1, 3);
+    let ask = || {
+        let (pool, key) = (pool.clone(), key.clone());
+        let terms = Terms {
+            places: Some(places.clone()),
+            ..Terms::default()
+        };
+        async move { pool.get(&key, &terms, || dial(key.endpoint)).await }
+    };
+    let opaque = || {
+        let places = places.clone();
+        tokio::spawn(async move { places.take().await })
+    };
+    let opaque_first = places.take().await.unwrap();
+    let request = tokio::spawn(ask());
+    eventually("a request waits", || places.counts().waiting == 1).await;
+    let opaque_second = opaque();
+    eventually("an opaque one waits", || places.counts().waiting == 2).await;
+    let last = tokio::spawn(ask());
+    eventually("the last waits", || places.counts().waiting == 3).await;
+    assert_eq!(places.take().await.unwrap_err(), Crowded::Pending);
+    assert_eq!(places.counts().refused, 1);
+
+    drop(opaque_first);
+    let lease = timeout(FAR, request).await.unwrap().unwrap().unwrap();
+    assert_eq!((places.counts().taken, places.counts().waiting), (1, 2));
+    // The last could use the connection, but it is not its turn.
+    let answer = lease.send(get()).await.unwrap();
+    answer.into_body().collect().await.unwrap();
+    let opaque_second = timeout(FAR, opaque_second).await.unwrap().unwrap();
+    assert_eq!((places.counts().taken, places.counts().waiting), (1, 1));
+    assert!(!last.is_finished());
+    drop(opaque_second);
+    let lease = timeout(FAR, last).await.unwrap().unwrap().unwrap();
+    assert!(!lease.is_reused());
+    assert_eq!((upstream.connections(), places.counts().taken), (2, 1));
+    assert_eq!(places.counts().in_vain, 0);
+}
+
+#[tokio::test]
+async fn an_opaque_connection_gets_the_place_of_one_that_idles_and_else_waits_in_vain() {
+    let upstream = Upstream::answering(OK).await;
+    let pool = UpstreamPool::new(PoolLimits::default());
+    let key = key(upstream.address, Wire::Http1);
+    let places = Places::new(1, 1);
+    let terms = Terms {
+        places: Some(places.clone()),
+        ..Terms::default()
+    };
+    let lease = pool.get(&key, &terms, || dial(key.endpoint)).await.unwrap();
+    lease
+        .send(get())
+        .await
+        .unwrap()
+        .into_body()
+        .collect()
+        .await
+        .unwrap();
+    eventually("it idles", || pool.counters().idle == 1).await;
+    let held = timeout(FAR, places.take()).await.unwrap().unwrap();
+    assert_eq!((pool.counters().idle, places.counts().taken), (0, 1));
+
+    let impatient = tokio::spawn({
+        let places = places.clone();
+        async move { places.take().await }
+    });
+    eventually("another waits", || places.counts().waiting == 1).await;
+    impatient.abort();
+    eventually("it gave up", || places.counts().in_vain == 1).await;
+    drop(held);
+    assert_eq!(places.counts().taken, 0);
 }
 
 #[tokio::test]

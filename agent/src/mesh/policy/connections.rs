@@ -9,11 +9,11 @@ use crate::resilience::validate::{Faults, Validate};
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ConnectionLimits {
     /// Upstream connections of this node, of all its pods and to all endpoints. Range 1 to
-    /// 1,000,000, default none: the pool's own bounds hold. At the limit a request waits for a
-    /// connection, and an opaque TCP connection is reset; both are counted, each by themselves.
+    /// 1,000,000, default none: the pool's own bounds hold. Requests and opaque TCP connections that
+    /// come at the limit wait in one line; the latter for as long as a connection may take.
     pub connections: Option<u32>,
-    /// Requests of this node that may wait for a connection. Range 0 to 1,000,000, default 1,024.
-    /// One more is answered with 503 (`overload`).
+    /// Requests and opaque TCP connections of this node that may wait for a connection. Range 0 to
+    /// 1,000,000, default 1,024. One more is answered with 503 (`overload`), or reset.
     pub pending: u32,
     /// Requests after which an upstream connection is used no more. Range 1 to 4,294,967,295,
     /// default no limit.
@@ -49,6 +49,10 @@ impl Validate for ConnectionLimits {
 /// connection or stream by itself.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct StreamTimeouts {
+    /// A connection to an endpoint, and how long an opaque one waits for its place where connections
+    /// are limited. Range 1 ms to 1 min; none: what the mesh says
+    /// ([`crate::mesh::MeshConfig::connect_timeout`]).
+    pub connect: Option<Duration>,
     /// An upstream HTTP connection without a request, or an opaque TCP connection on which nothing
     /// moves in either direction, is closed after this. Range 1 ms to 24 h; none: the pool's own
     /// time for HTTP, and no limit for opaque TCP.
@@ -64,6 +68,7 @@ pub struct StreamTimeouts {
 impl Default for StreamTimeouts {
     fn default() -> Self {
         Self {
+            connect: None,
             idle: None,
             stream_idle: Some(Duration::from_secs(300)),
             max_duration: None,
@@ -75,6 +80,9 @@ impl Validate for StreamTimeouts {
     fn check(&self, at: &str, faults: &mut Faults) {
         const LEAST: Duration = Duration::from_millis(1);
         const MOST: Duration = Duration::from_secs(86_400);
+        const MINUTE: Duration = Duration::from_secs(60);
+        let connect = self.connect.unwrap_or(LEAST);
+        faults.duration(connect, LEAST, MINUTE, at, "connect");
         for (field, value) in [
             ("idle", self.idle),
             ("streamIdle", self.stream_idle),

@@ -13,10 +13,12 @@ pub use hash::HashKey;
 pub use locality::{Locality, Nearness};
 pub use status::{AncestorStatus, PolicyId, PolicyKind, PolicyStatus};
 
+use std::time::Duration;
+
 use http::request::Parts;
 
-use super::ObjectName;
 use super::route::HeaderMatch;
+use super::{MeshConfig, ObjectName};
 use crate::resilience::Policy;
 
 /// What traffic to a Service's port gets, on one route or on none: all policies that attach to it,
@@ -42,6 +44,12 @@ pub struct TrafficPolicy {
 }
 
 impl TrafficPolicy {
+    /// How long a connection to an endpoint may take.
+    #[must_use]
+    pub fn connect_limit(&self, config: &MeshConfig) -> Duration {
+        self.streams.connect.unwrap_or(config.connect_timeout)
+    }
+
     /// Whether this request may get a fault.
     #[must_use]
     pub fn faults_apply_to(&self, head: &Parts) -> bool {

@@ -5,9 +5,10 @@ use std::sync::Arc;
 
 use super::destination::Destination;
 use super::{Destinations, Route};
+use crate::http::PlaceCounts;
 use crate::resilience::BreakerBook;
 use crate::resilience::book::{
-    BreakerView, DestinationView, EndpointView, NoSuchBreaker, Standing,
+    BreakerView, ConnectionsView, DestinationView, EndpointView, NoSuchBreaker, Standing,
 };
 use crate::resilience::breaker::Forced;
 
@@ -26,6 +27,7 @@ impl BreakerBook for Destinations {
                     ejections_withheld: 0,
                     retries_granted: 0,
                     retries_refused: 0,
+                    connections: None,
                 });
             add(view, &destination);
         }
@@ -61,6 +63,21 @@ impl BreakerBook for Destinations {
 }
 
 fn add(view: &mut DestinationView, destination: &Destination) {
+    // Requests and connections have them in common.
+    view.connections = destination.places().map(|places| {
+        let PlaceCounts {
+            taken,
+            waiting,
+            in_vain,
+            refused,
+        } = places.counts();
+        ConnectionsView {
+            open: taken,
+            waiting,
+            in_vain,
+            refused,
+        }
+    });
     for route in destination.routes() {
         let breaker = &route.breaker;
         view.breakers.push(BreakerView {

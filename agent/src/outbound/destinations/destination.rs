@@ -12,10 +12,12 @@ use parking_lot::Mutex;
 use super::name::{DestinationId, EndpointId, RouteKey, Traffic};
 use super::reachable::Reachable;
 use crate::http::Places;
-use crate::mesh::{Endpoint, Locality, Nearness, Snapshot, Workload};
+use crate::mesh::{Endpoint, Locality, Nearness, Readiness, Snapshot, Workload};
 use crate::resilience::destination::DestinationSettings;
 use crate::resilience::ejection::SourceId;
-use crate::resilience::limit::{ConcurrencyLimit, LimitSettings, Rate, RateLimit, Rates};
+use crate::resilience::limit::{
+    AdaptiveLimit, AdaptiveSettings, ConcurrencyLimit, LimitSettings, Rate, RateLimit, Rates,
+};
 use crate::resilience::{
     self, Algorithm, BalanceSettings, Breaker, BreakerSettings, Breakers, BudgetSettings,
     EjectionSettings, EventSink, Member, Timestamp,
@@ -26,6 +28,8 @@ pub type Balanced = resilience::Destination<EndpointId>;
 
 /// The most routes of a destination with a breaker and limits of their own; those beyond share one.
 const ROUTES_MAX: usize = 1024;
+/// As many connections as are asked for.
+const NO_LIMIT: u32 = u32::MAX;
 /// A route that nobody asked for in so long is forgotten, with its breaker, unless an operator holds
 /// that.
 const ROUTE_IDLE: Duration = Duration::from_secs(600);
@@ -40,6 +44,8 @@ pub struct Destination {
     seed: u64,
     sink: Arc<dyn EventSink>,
     now: ArcSwap<Followed>,
+    /// How many connections there may be, for requests and opaque ones together.
+    places: Arc<Places>,
     breakers: Breakers<RouteKey>,
     /// Locked for one look-up by connections that resolve their route, never by requests.
     routes: Mutex<HashMap<RouteKey, Known>>,
@@ -53,10 +59,8 @@ struct Followed {
     v4: Arc<Balanced>,
     v6: Arc<Balanced>,
     total: Option<Arc<RateLimit>>,
-    /// How many opaque connections may be open, if that is limited.
-    connections: Option<Arc<ConcurrencyLimit>>,
-    /// How many connections requests may have, if that is limited.
-    places: Option<Arc<Places>>,
+    /// How many requests may be in flight as their latency has it, if that is asked for.
+    adaptive: Option<Arc<AdaptiveLimit>>,
 }
 
 /// The settings that all routes to a destination share.
@@ -66,6 +70,7 @@ struct Shape {
     ejection: EjectionSettings,
     budget: BudgetSettings,
     total: Option<Rate>,
+    adaptive: Option<AdaptiveSettings>,
     locality: Locality,
     connections: Option<u32>,
     pending: u32,
@@ -94,13 +99,15 @@ struct Known {
 }
 
 impl Destination {
-    /// The destination as the snapshot has it; none if the snapshot has no such port.
+    /// The destination as the snapshot has it; none if the snapshot has no such port. It shares its
+    /// places with `sibling`, the same port as it is asked for other traffic.
     pub(super) fn new(
         id: DestinationId,
         node: Arc<str>,
         seed: u64,
         sink: Arc<dyn EventSink>,
         snapshot: &Snapshot,
+        sibling: Option<&Self>,
         now: Timestamp,
     ) -> Option<Arc<Self>> {
         let endpoints = endpoints_of(&id, snapshot)?;
@@ -110,14 +117,16 @@ impl Destination {
             v4: shape.balanced(&name, seed, &sink),
             v6: shape.balanced(&name, seed, &sink),
             total: shape.total(now),
-            connections: shape.connections.map(ConcurrencyLimit::new),
-            places: shape
-                .connections
-                .map(|most| Places::new(most, shape.pending)),
+            adaptive: shape.adaptive(now),
             endpoints,
             shape,
         };
         followed.fill(snapshot, &node, now);
+        let places = match sibling {
+            Some(sibling) => sibling.places.clone(),
+            None => Places::new(NO_LIMIT, shape.pending),
+        };
+        shape.bound(&places);
         let breakers = Breakers::new(
             name.clone(),
             ROUTES_MAX,
@@ -132,6 +141,7 @@ impl Destination {
             seed,
             sink,
             now: ArcSwap::from_pointee(followed),
+            places,
             breakers,
             routes: Mutex::default(),
         }))
@@ -186,27 +196,18 @@ impl Destination {
                 true => now.total.clone(),
                 false => shape.total(time),
             },
-            // Connections that are open still count under another limit.
-            connections: shape.connections.map(|most| match &now.connections {
-                Some(there) => {
-                    there.set(most);
-                    there.clone()
-                }
-                None => ConcurrencyLimit::new(most),
-            }),
-            places: shape.connections.map(|most| match &now.places {
-                Some(there) => {
-                    there.set(most, shape.pending);
-                    there.clone()
-                }
-                None => Places::new(most, shape.pending),
-            }),
+            adaptive: match shape.adaptive == now.shape.adaptive {
+                true => now.adaptive.clone(),
+                false => shape.adaptive(time),
+            },
             endpoints,
             shape,
         };
         followed.fill(snapshot, &self.node, time);
-        let stay: HashSet<SocketAddr> = followed.ready().map(|one| one.address).collect();
-        let before = now.ready().map(|one| one.address);
+        // Connections that are open still count under another limit.
+        shape.bound(&self.places);
+        let stay: HashSet<SocketAddr> = followed.used().map(|one| one.address).collect();
+        let before = now.used().map(|one| one.address);
         departed.extend(before.filter(|address| !stay.contains(address)));
         self.now.store(Arc::new(followed));
         exists
@@ -288,16 +289,17 @@ impl Destination {
         route
     }
 
-    /// The limit of opaque connections, if there is one.
-    #[must_use]
-    pub fn connections(&self) -> Option<Arc<ConcurrencyLimit>> {
-        self.now.load().connections.clone()
-    }
-
-    /// The limit of connections that requests are sent over, if there is one.
+    /// The limit of connections, for requests and opaque ones together, if there is one.
     #[must_use]
     pub fn places(&self) -> Option<Arc<Places>> {
-        self.now.load().places.clone()
+        let is_limited = self.now.load().shape.connections.is_some();
+        is_limited.then(|| self.places.clone())
+    }
+
+    /// The limit of requests in flight that follows their latency, if there is one: of all routes.
+    #[must_use]
+    pub fn adaptive(&self) -> Option<Arc<AdaptiveLimit>> {
+        self.now.load().adaptive.clone()
     }
 
     /// The routes that were asked for, for status, metrics and operators.
@@ -337,11 +339,23 @@ impl Destination {
 }
 
 impl Followed {
-    fn ready(&self) -> impl Iterator<Item = &Endpoint> {
-        self.endpoints.iter().filter(|endpoint| endpoint.ready)
+    /// The endpoints that get requests: in each family the ready ones, or, where none is, those that
+    /// are leaving and serve still.
+    fn used(&self) -> impl Iterator<Item = &Endpoint> {
+        let least = |is_v4: bool| {
+            let of_family = |one: &&Endpoint| one.address.is_ipv4() == is_v4;
+            let family = self.endpoints.iter().filter(of_family);
+            let best = family.map(|one| one.readiness).max();
+            best.unwrap_or(Readiness::Ready).max(Readiness::Leaving)
+        };
+        let (v4, v6) = (least(true), least(false));
+        self.endpoints.iter().filter(move |one| {
+            let least = if one.address.is_ipv4() { v4 } else { v6 };
+            one.readiness >= least
+        })
     }
 
-    /// Gives the balancers the endpoints that are ready, those first that the policy wants first.
+    /// Gives the balancers the endpoints that get requests, those first that the policy wants first.
     fn fill(&self, snapshot: &Snapshot, node: &str, time: Timestamp) {
         let here = snapshot.node(node).map(AsRef::as_ref);
         let tier = |endpoint: &Endpoint| {
@@ -359,7 +373,7 @@ impl Followed {
         };
         for (balanced, is_v4) in [(&self.v4, true), (&self.v6, false)] {
             let members: Vec<Member<EndpointId>> = self
-                .ready()
+                .used()
                 .filter(|endpoint| endpoint.address.is_ipv4() == is_v4)
                 .map(|endpoint| Member {
                     tier: tier(endpoint),
@@ -380,6 +394,7 @@ impl Shape {
             ejection: settings.ejection,
             budget: settings.budget,
             total: settings.limits.rates.total,
+            adaptive: settings.limits.adaptive,
             locality: policy.locality,
             connections: policy.connections.connections,
             pending: policy.connections.pending,
@@ -389,6 +404,11 @@ impl Shape {
             shape.balance.algorithm = Algorithm::LeastRequest;
         }
         shape
+    }
+
+    /// Sets the limit of connections.
+    fn bound(&self, places: &Arc<Places>) {
+        places.set(self.connections.unwrap_or(NO_LIMIT), self.pending);
     }
 
     fn keeps_balanced(&self, other: &Self) -> bool {
@@ -409,6 +429,11 @@ impl Shape {
 
     fn total(&self, time: Timestamp) -> Option<Arc<RateLimit>> {
         self.total.map(|rate| Arc::new(RateLimit::new(rate, time)))
+    }
+
+    fn adaptive(&self, time: Timestamp) -> Option<Arc<AdaptiveLimit>> {
+        let settings = self.adaptive?;
+        Some(AdaptiveLimit::new(settings, time))
     }
 }
 

@@ -85,12 +85,14 @@ impl Destinations {
                 .follow(destination, &newest, now)
                 .then(|| destination.clone());
         }
+        let sibling = by_id.get(&id.for_other_traffic()).cloned();
         let destination = Destination::new(
             id.clone(),
             self.node.clone(),
             self.seed,
             self.sink.clone(),
             &newest,
+            sibling.as_deref(),
             now,
         )?;
         by_id.insert(id.clone(), destination.clone());

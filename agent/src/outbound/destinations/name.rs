@@ -27,6 +27,19 @@ pub struct DestinationId {
     pub traffic: Traffic,
 }
 
+impl DestinationId {
+    /// The same port, asked for the other kind of traffic.
+    pub(super) fn for_other_traffic(&self) -> Self {
+        Self {
+            traffic: match self.traffic {
+                Traffic::Requests => Traffic::Connections,
+                Traffic::Connections => Traffic::Requests,
+            },
+            ..self.clone()
+        }
+    }
+}
+
 impl fmt::Display for DestinationId {
     /// The label `destination`: `namespace/name:port`.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -2,9 +2,13 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
+use serde_json::json;
 
 use super::*;
-use crate::mesh::{Endpoint, ObjectName, Service, ServicePort, WorkloadUid};
+use crate::http::Crowded;
+use crate::mesh::policy::{Layer, ServiceLayers};
+use crate::mesh::{Endpoint, ObjectName, Readiness, Service, ServicePort, WorkloadUid};
+use crate::resilience::BreakerBook;
 use crate::resilience::destination::Ask;
 use crate::resilience::event::NoSink;
 use crate::resilience::limit::{LimitSettings, Rate};
@@ -22,7 +26,7 @@ pub(super) fn id() -> DestinationId {
 pub(super) fn endpoint(address: &str, ready: bool) -> Endpoint {
     Endpoint {
         address: address.parse().unwrap(),
-        ready,
+        readiness: Readiness::of(ready, false),
         workload: Some(WorkloadUid(format!("uid-{address}").into())),
     }
 }
@@ -102,6 +106,84 @@ fn only_endpoints_that_are_ready_are_picked() {
     assert_eq!(destinations.maintain(), [endpoints[1].address]);
     assert!(destinations.maintain().is_empty());
     assert_eq!(picked(&reachable, &[]), None);
+}
+
+#[test]
+fn endpoints_that_are_leaving_are_picked_only_while_none_is_ready() {
+    let leaving = |address: &str| Endpoint {
+        readiness: Readiness::Leaving,
+        ..endpoint(address, true)
+    };
+    let ready = endpoint("10.0.1.1:80", true);
+    let unready = endpoint("10.0.1.3:80", false);
+    let (one, two) = (leaving("10.0.1.1:80"), leaving("10.0.1.2:80"));
+    let (destinations, shared) = destinations(mesh(&[ready.clone(), two.clone()]));
+    let reachable = reachable(&destinations, "10.0.0.1");
+    for _ in 0..50 {
+        assert_eq!(picked(&reachable, &[]), Some((&ready).into()));
+    }
+    shared.store(Arc::new(mesh(&[one.clone(), two.clone(), unready.clone()])));
+    assert!(destinations.maintain().is_empty(), "it still gets requests");
+    let both = BTreeSet::from([one.address, two.address]);
+    let seen = |_| picked(&reachable, &[]).unwrap().address;
+    assert_eq!((0..200).map(seen).collect::<BTreeSet<_>>(), both);
+    // One that is ready again takes it all.
+    let back = endpoint("10.0.1.3:80", true);
+    shared.store(Arc::new(mesh(&[one, two, back.clone()])));
+    let departed: BTreeSet<_> = destinations.maintain().into_iter().collect();
+    assert_eq!(departed, both);
+    assert_eq!(picked(&reachable, &[]), Some((&back).into()));
+    shared.store(Arc::new(mesh(&[unready])));
+    destinations.maintain();
+    assert_eq!(picked(&reachable, &[]), None);
+}
+
+#[tokio::test]
+async fn opaque_connections_and_requests_to_a_port_share_one_limit_whichever_came_first() {
+    let limited = |most: Option<u32>| {
+        let mut snapshot = mesh(&[endpoint("10.0.1.1:80", true)]);
+        let spec = most.map(|most| {
+            let cart = json!([{"kind": "Service", "name": "cart"}]);
+            json!({"targetRefs": cart, "limits": {"connections": most, "pending": 0}})
+        });
+        let layer = |spec| Layer {
+            name: ObjectName::new("shop", "limits"),
+            spec: Arc::new(serde_json::from_value(spec).unwrap()),
+        };
+        let whole = spec.into_iter().map(layer).collect();
+        let layers = ServiceLayers {
+            whole,
+            ..ServiceLayers::default()
+        };
+        snapshot.set_service_policies(&id().service, Some(layers));
+        snapshot
+    };
+    let requests = DestinationId {
+        traffic: Traffic::Requests,
+        ..id()
+    };
+    for [first, second] in [[id(), requests.clone()], [requests.clone(), id()]] {
+        let (destinations, shared) = destinations(limited(Some(2)));
+        let places = |id: &DestinationId| {
+            let destination = destinations.of(id, &shared.load()).unwrap();
+            destination.places()
+        };
+        let _one = places(&first).unwrap().take().await.unwrap();
+        let two = places(&second).unwrap().take().await.unwrap();
+        let crowded = places(&first).unwrap().take().await;
+        assert_eq!(crowded.unwrap_err(), Crowded::Connections);
+        // What is open counts under another limit too, also after there was none.
+        shared.store(Arc::new(limited(None)));
+        assert!(places(&first).is_none() && places(&second).is_none());
+        shared.store(Arc::new(limited(Some(1))));
+        assert!(places(&second).unwrap().take().await.is_err());
+        drop(two);
+        assert!(places(&second).unwrap().take().await.is_err());
+        assert_eq!(places(&first).unwrap().counts().taken, 1);
+        let shown = destinations.list();
+        let shown = shown[0].connections.unwrap();
+        assert_eq!((shown.open, shown.in_vain), (1, 3));
+    }
 }
 
 #[test]

@@ -1,6 +1,7 @@
 //! What a request has to pass before it is sent: its pod's quota, faults on purpose, limits, the
 //! breaker.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use super::leg::{Leg, To};
@@ -8,7 +9,7 @@ use super::refusal::Refusal;
 use super::request::Outgoing;
 use super::{Client, Frontend, Network};
 use crate::resilience::breaker::Permit;
-use crate::resilience::limit::{Axis, Slot};
+use crate::resilience::limit::{AdaptiveLimit, Axis, Slot};
 use crate::resilience::{Outcome, Timestamp};
 use crate::telemetry::{RequestEvent, RequestRecord};
 
@@ -18,6 +19,14 @@ pub(super) struct Admission {
     permit: Option<Permit>,
     /// Its place among the requests in flight.
     _place: Option<Slot>,
+    measured: Option<Measured>,
+}
+
+/// A place under a limit that follows how long requests take, of which this is one.
+struct Measured {
+    limit: Arc<AdaptiveLimit>,
+    _place: Slot,
+    since: Timestamp,
 }
 
 impl Admission {
@@ -29,6 +38,10 @@ impl Admission {
     /// Tells how the request ended.
     pub(super) fn finish(mut self, outcome: Outcome, now: Timestamp) {
         self.settle(outcome, now);
+        if let Some(measured) = self.measured.take() {
+            let latency = now.since(measured.since);
+            measured.limit.sample(latency, outcome, now);
+        }
     }
 
     /// Tells the breaker how it goes, while it goes on.
@@ -91,6 +104,22 @@ pub(super) async fn admit<N: Network>(
         request.record.event(RequestEvent::ShedInFlight);
         Refusal::Overload
     })?;
+    let measured = match leg.policy.settings.limits.adaptive {
+        Some(_) => to.destination.adaptive(),
+        None => None,
+    };
+    let measured = measured.map(|limit| {
+        let place = limit.take();
+        place.map(|place| Measured {
+            limit,
+            _place: place,
+            since: now,
+        })
+    });
+    let measured = measured.transpose().map_err(|_| {
+        request.record.event(RequestEvent::ShedAdaptive);
+        Refusal::Overload
+    })?;
     let permit = to
         .route
         .breaker
@@ -101,6 +130,7 @@ pub(super) async fn admit<N: Network>(
     Ok(Admission {
         permit: Some(permit),
         _place: place,
+        measured,
     })
 }
 

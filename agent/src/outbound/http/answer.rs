@@ -69,6 +69,7 @@ impl Judges {
 
     pub(super) fn finish(mut self, outcome: Outcome, now: Timestamp) {
         self.settle(outcome, now);
+        self.admission.finish(outcome, now);
     }
 }
 

@@ -269,6 +269,7 @@ pub(super) async fn lease<N: Network>(
     };
     let terms = Terms {
         requests: leg.policy.connections.requests_per_connection,
+        idle: leg.policy.streams.idle,
         places: match &leg.to {
             To::Service(to) => to.destination.places(),
             To::Pod(..) | To::Nowhere => None,

@@ -50,12 +50,14 @@ pub(super) fn copy<N: Network>(
         request.record.event(RequestEvent::MirrorSent);
         let copy = request.attempt(body.attempt(), 1, client.engine.clock().now());
         let (client, view, kind) = (client.clone(), view.clone(), request.kind);
+        let events = request.record.events();
         fairness::spawn(async move {
             let limit = leg.timeouts.request.unwrap_or(PATIENCE);
             let sent = timeout(limit, send(&client, &view, &leg, kind, copy)).await;
             if !matches!(sent, Ok(Ok(()))) {
                 let service = leg.service.as_ref().map(tracing::field::display);
                 tracing::debug!(service, "mirror: no answer");
+                events.count(RequestEvent::MirrorFailed);
             }
             drop(place);
         });

@@ -211,12 +211,14 @@ impl View {
     ) -> Leg {
         let settings = &policy.settings;
         let mut limits = settings.timeouts;
-        if policy.sources.is_empty() {
-            limits.connect = self.snapshot.config().connect_timeout;
-        }
+        limits.connect = policy.connect_limit(self.snapshot.config());
+        let mut timeouts = timeouts(&limits, rule.as_deref());
+        // Whatever moves, and whether an answer has begun or not.
+        let lasting = policy.streams.max_duration;
+        timeouts.request = timeouts.request.into_iter().chain(lasting).min();
         Leg {
             service,
-            timeouts: timeouts(&limits, rule.as_deref()),
+            timeouts,
             retry: retry(&settings.retry, rule.as_deref()),
             rule,
             policy,

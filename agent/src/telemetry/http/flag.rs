@@ -50,8 +50,6 @@ pub enum ResponseFlag {
     UpstreamMalformed,
     /// The client went away.
     ClientGone,
-    /// The agent is stopping, or the pod leaves the mesh.
-    Draining,
     /// The request's task ended without a word: the connection under it was gone.
     Cancelled,
     /// The agent could not do its part.
@@ -60,7 +58,7 @@ pub enum ResponseFlag {
 
 impl ResponseFlag {
     /// Every flag, in the order of their declaration.
-    pub const ALL: [Self; 21] = [
+    pub const ALL: [Self; 20] = [
         Self::CircuitOpen,
         Self::NoRoute,
         Self::NoEndpoint,
@@ -79,7 +77,6 @@ impl ResponseFlag {
         Self::StreamTimeout,
         Self::UpstreamMalformed,
         Self::ClientGone,
-        Self::Draining,
         Self::Cancelled,
         Self::Internal,
     ];
@@ -106,7 +103,6 @@ impl ResponseFlag {
             Self::StreamTimeout => "stream_timeout",
             Self::UpstreamMalformed => "upstream_malformed",
             Self::ClientGone => "client_gone",
-            Self::Draining => "draining",
             Self::Cancelled => "cancelled",
             Self::Internal => "internal",
         }

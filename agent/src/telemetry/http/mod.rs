@@ -28,5 +28,5 @@ pub(super) mod tests;
 pub use events::RequestEvent;
 pub use flag::{REASON_HEADER, ResponseFlag};
 pub use info::{AttemptView, HttpProtocol, RequestEnd, RequestInfo};
-pub use record::RequestRecord;
+pub use record::{RequestEvents, RequestRecord};
 pub use requester::Requester;

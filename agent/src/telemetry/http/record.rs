@@ -54,6 +54,31 @@ pub(super) struct Times {
     pub total: Duration,
 }
 
+/// Where events of a request are counted.
+pub struct RequestEvents {
+    scope: Arc<Scope>,
+    requester: Arc<Requester>,
+}
+
+impl fmt::Debug for RequestEvents {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("RequestEvents").finish_non_exhaustive()
+    }
+}
+
+impl RequestEvents {
+    /// Counts one.
+    pub fn count(&self, event: RequestEvent) {
+        let routes = &self.requester.telemetry.http().routes;
+        let Scope {
+            route_scope,
+            route_series,
+            ..
+        } = &*self.scope;
+        routes.count(route_scope, route_series, |series| series.add(event));
+    }
+}
+
 impl RequestRecord {
     pub(super) fn new(requester: Arc<Requester>, info: RequestInfo) -> Self {
         requester.telemetry.http().begin(requester.direction);
@@ -114,11 +139,17 @@ impl RequestRecord {
 
     /// Counts something that happened on its way, by its Service and route.
     pub fn event(&mut self, event: RequestEvent) {
-        let scope = self.settled();
-        let routes = &self.requester.telemetry.http().routes;
-        routes.count(&scope.route_scope, &scope.route_series, |series| {
-            series.add(event);
-        });
+        self.events().count(event);
+    }
+
+    /// Counts what happens by its Service and route, for as long as somebody likes: the request itself
+    /// may have ended.
+    #[must_use]
+    pub fn events(&mut self) -> RequestEvents {
+        RequestEvents {
+            scope: self.settled(),
+            requester: self.requester.clone(),
+        }
     }
 
     /// Says why the client gets what it gets; the last word counts.

@@ -14,14 +14,15 @@ use crate::resilience::validate::Faults;
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
 #[schemars(inline)]
 pub struct Limits {
-    /// Upstream connections, of all pods of a node and to all endpoints. Runs at the source: the
-    /// destination sees it times the number of nodes. At the limit a request waits, an opaque TCP
-    /// connection is reset. Range 1 to 1000000, default none.
+    /// Upstream connections, of all pods of a node and to all endpoints, for requests and opaque TCP
+    /// together. Runs at the source: the destination sees it times the number of nodes. At the limit
+    /// both wait in one line: a request within its time limits, opaque TCP for `timeouts.connect`.
+    /// Range 1 to 1000000, default none.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1, max = 1_000_000))]
     pub connections: Option<u32>,
-    /// Requests of a node that may wait for a connection. Runs at the source. One more is answered
-    /// with 503 (overload). Range 0 to 1000000, default 1024.
+    /// Requests and opaque TCP connections of a node that may wait for a connection. Runs at the
+    /// source. One more is answered with 503 (overload), or reset. Range 0 to 1000000, default 1024.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 0, max = 1_000_000))]
     pub pending: Option<u32>,
@@ -36,8 +37,9 @@ pub struct Limits {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1, max = 4_294_967_295_u32))]
     pub requests_per_connection: Option<u32>,
-    /// A limit of requests in flight that follows latency. Runs at the destination's node, for each
-    /// pod: it holds for all who ask. Default off.
+    /// A limit of requests in flight that follows how long they take, from here to the last byte of
+    /// the answer. Runs at the source, for all routes and pods of a node together: the destination
+    /// sees it times the number of nodes. One more is answered with 503 (overload). Default off.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub adaptive: Option<Adaptive>,
 }

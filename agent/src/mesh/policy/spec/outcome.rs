@@ -93,7 +93,8 @@ pub enum FaultHeaderMatch {
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
 #[schemars(inline)]
 pub struct TimeoutsSpec {
-    /// A connection to an endpoint. Range 1ms to 1m, default 1s.
+    /// A connection to an endpoint, and how long opaque TCP waits for its place where `limits` say
+    /// how many there may be. Range 1ms to 1m, default the mesh's `connectTimeout`, 1s.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub connect: Option<Span>,
     /// A whole request, retries included. A route's own `timeouts.request` comes before it. Range
@@ -105,8 +106,8 @@ pub struct TimeoutsSpec {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub attempt: Option<Span>,
     /// An upstream HTTP connection without a request, or an opaque TCP connection on which nothing
-    /// moves, is closed after this. Range 1ms to 24h; 0s, the default: 90s for HTTP, no limit for
-    /// opaque TCP.
+    /// moves, is closed after this. Range 1ms to 24h; 0s, the default: 4s for HTTP/1.1, 60s for
+    /// HTTP/2, no limit for opaque TCP.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub idle: Option<Span>,
     /// A request whose answer has begun, and on which nothing moves, is reset after this. Range 1ms
@@ -239,9 +240,9 @@ impl Apply for TimeoutsSpec {
             max_duration,
         } = self;
         let timeouts = &mut to.settings.timeouts;
-        set(&mut timeouts.connect, connect.map(|connect| connect.0));
         set(&mut timeouts.request, request.map(Span::or_none));
         set(&mut timeouts.attempt, attempt.map(Span::or_none));
+        set(&mut to.streams.connect, connect.map(|span| Some(span.0)));
         set(&mut to.streams.idle, idle.map(Span::or_none));
         set(&mut to.streams.stream_idle, stream_idle.map(Span::or_none));
         set(

@@ -6,8 +6,8 @@ use std::time::Duration;
 use serde_json::{Value, json};
 
 use super::*;
-use crate::mesh::ObjectName;
 use crate::mesh::policy::{FallbackBackend, Locality};
+use crate::mesh::{MeshConfig, ObjectName};
 use crate::resilience::fallback::Fallback;
 use crate::resilience::outcome::Code;
 use crate::resilience::retry::Condition;
@@ -127,6 +127,7 @@ fn every_part_reaches_the_settings() {
     assert_eq!(policy.fault_match.len(), 1);
     assert_eq!(settings.timeouts.request, None);
     assert_eq!(settings.timeouts.attempt, Some(Duration::from_secs(3)));
+    assert_eq!(policy.streams.connect, Some(Duration::from_secs(2)));
     assert_eq!(policy.streams.idle, Some(Duration::from_secs(60)));
     assert_eq!(policy.streams.stream_idle, None);
     let backend = FallbackBackend {
@@ -383,4 +384,16 @@ fn every_field_is_documented() {
             schemas.extend(field.get("items").cloned());
         }
     }
+}
+
+#[test]
+fn who_says_nothing_of_connecting_gets_the_time_of_the_mesh() {
+    let config = MeshConfig {
+        connect_timeout: Duration::from_secs(7),
+        ..MeshConfig::default()
+    };
+    let silent = policy(json!({"timeouts": {"attempt": "3s"}}));
+    assert_eq!(silent.connect_limit(&config), config.connect_timeout);
+    let own = policy(json!({"timeouts": {"connect": "2s"}}));
+    assert_eq!(own.connect_limit(&config), Duration::from_secs(2));
 }

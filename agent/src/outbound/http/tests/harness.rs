@@ -283,7 +283,7 @@ impl World {
     pub(super) fn service(&self, service: &str, endpoints: &[SocketAddr]) {
         let endpoint = |address: &SocketAddr| Endpoint {
             address: *address,
-            ready: true,
+            readiness: crate::mesh::Readiness::Ready,
             workload: Some(WorkloadUid(address.to_string().into())),
         };
         let service = Service {

@@ -3,6 +3,7 @@
 use super::*;
 use crate::resilience::BreakerState;
 use crate::resilience::breaker::Forced;
+use crate::telemetry::testing::total;
 
 #[tokio::test]
 async fn a_grpc_outcome_is_read_from_the_head_and_from_trailers() {
@@ -185,18 +186,44 @@ async fn a_breaker_opens_says_when_to_come_back_and_closes() {
     assert_eq!(world.breaker("cart").state(), BreakerState::Closed);
 }
 
+/// An answer that begins, and never ends.
+fn endless() -> Act {
+    let first = Ok(hyper::body::Frame::data(Bytes::from_static(b"event")));
+    let stream = futures_util::stream::iter([first]);
+    let endless = futures_util::StreamExt::chain(stream, futures_util::stream::pending());
+    Act::Answer(Response::new(BodyExt::boxed(
+        http_body_util::StreamBody::new(endless),
+    )))
+}
+
+#[tokio::test]
+async fn a_stream_that_falls_silent_or_lasts_for_too_long_is_cut_and_told_of() {
+    for (timeouts, flag) in [
+        (json!({"streamIdle": "50ms"}), "stream_timeout"),
+        (json!({"maxDuration": "1s"}), "request_timeout"),
+    ] {
+        let peer = Peer::http1(|_, _| endless()).await;
+        let world = World::new(&[peer.address]);
+        world.policy("cart", &json!({"timeouts": timeouts}));
+        let mut client = world.connect("cart", Wire::Http1).await;
+        let response = client.start(request("GET", "/", &[], "")).await.unwrap();
+        assert_eq!(response.status(), 200, "{flag}");
+        let whole = tokio::time::timeout(FAR, response.into_body().collect()).await;
+        assert!(whole.unwrap().is_err(), "{flag}: it must not look whole");
+        until("it is counted", || {
+            let metrics = world.telemetry.scrape().unwrap();
+            let flag = format!("flag=\"{flag}\"");
+            total(&metrics, "undermesh_http_requests_total", &[&*flag]) == 1
+        })
+        .await;
+    }
+}
+
 #[tokio::test]
 async fn a_stream_that_answers_well_for_a_while_closes_the_breaker_without_its_end() {
     let peer = Peer::http1(|n, _| match n {
         0 => answer(500, ""),
-        _ => {
-            let first = Ok(hyper::body::Frame::data(Bytes::from_static(b"event")));
-            let stream = futures_util::stream::iter([first]);
-            let endless = futures_util::StreamExt::chain(stream, futures_util::stream::pending());
-            Act::Answer(Response::new(BodyExt::boxed(
-                http_body_util::StreamBody::new(endless),
-            )))
-        }
+        _ => endless(),
     })
     .await;
     let world = World::new(&[peer.address]);

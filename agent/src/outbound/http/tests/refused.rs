@@ -143,7 +143,7 @@ async fn requests_wait_for_a_connection_in_turn_and_beyond_pending_they_are_shed
         sent.push(tokio::spawn(client.start(request("GET", &path, &[], ""))));
         until("it is on its way", || match number {
             0 => peer.count() == 1,
-            _ => world.places("cart").waiting() == number,
+            _ => world.places("cart").counts().waiting == number,
         })
         .await;
     }
@@ -166,6 +166,32 @@ async fn requests_wait_for_a_connection_in_turn_and_beyond_pending_they_are_shed
 }
 
 #[tokio::test]
+async fn requests_above_what_their_latency_allows_are_shed_and_no_failure() {
+    let gate = Arc::new(Notify::new());
+    let let_go = gate.clone();
+    let peer = Peer::http1(move |_, _| held(&let_go, answer(200, "ok"))).await;
+    let world = World::new(&[peer.address]);
+    let one = json!({"limits": {"adaptive": {"initial": 1, "least": 1, "most": 1}}});
+    world.policy("cart", &one);
+    let mut first = world.connect("cart", Wire::Http1).await;
+    let mut second = world.connect("cart", Wire::Http1).await;
+    let sent = tokio::spawn(first.start(request("GET", "/1", &[], "")));
+    until("it is on its way", || peer.count() == 1).await;
+    let shed = second.get("/2").await;
+    let reason = shed.header("x-undermesh-reason");
+    assert_eq!((shed.status, reason), (503, "overload"));
+    gate.notify_one();
+    let answer = tokio::time::timeout(FAR, sent).await.unwrap().unwrap();
+    answer.unwrap().into_body().collect().await.unwrap();
+    gate.notify_one();
+    assert_eq!(second.get("/3").await.status, 200);
+    assert_eq!(peer.count(), 2);
+    let metrics = world.telemetry.scrape().unwrap();
+    assert!(metrics.contains("limit=\"adaptive\""), "{metrics}");
+    assert_eq!(world.breaker("cart").failures(), 0);
+}
+
+#[tokio::test]
 async fn an_idle_connection_to_another_endpoint_makes_room_for_who_needs_one() {
     let first = Peer::http1(|_, _| answer(200, "")).await;
     let second = Peer::http1(|_, _| answer(200, "")).await;
@@ -180,7 +206,7 @@ async fn an_idle_connection_to_another_endpoint_makes_room_for_who_needs_one() {
     let mut client = world.connect("cart", Wire::Http1).await;
     for _ in 0..20 {
         assert_eq!(client.get("/").await.status, 200);
-        assert!(world.places("cart").taken() <= 1);
+        assert!(world.places("cart").counts().taken <= 1);
     }
     assert_eq!((first.count(), second.count()), (10, 10));
 }
@@ -204,4 +230,15 @@ async fn who_waits_for_a_connection_in_vain_is_refused_in_time_and_no_endpoint_i
     assert_eq!(peer.count(), 1);
     assert_eq!(world.breaker("cart").failures(), 0);
     first.abort();
+}
+
+#[tokio::test]
+async fn a_request_without_an_answer_lasts_no_longer_than_its_policy_lets_requests_last() {
+    let peer = Peer::http1(|_, _| Act::Hang).await;
+    let world = World::new(&[peer.address]);
+    world.policy("cart", &json!({"timeouts": {"maxDuration": "50ms"}}));
+    let mut client = world.connect("cart", Wire::Http1).await;
+    let seen = client.get("/").await;
+    let reason = seen.header("x-undermesh-reason");
+    assert_eq!((seen.status, reason), (504, "request_timeout"));
 }

@@ -6,6 +6,7 @@ use tokio::sync::Notify;
 
 use super::*;
 use crate::mesh::route::{Filter, Fraction, Mirror, Redirect, SessionCarrier, SessionPersistence};
+use crate::telemetry::testing::total;
 
 #[tokio::test]
 async fn requests_of_one_connection_are_balanced_one_by_one_over_kept_connections() {
@@ -141,6 +142,15 @@ async fn a_mirror_gets_a_copy_and_its_answer_is_nobodys() {
     let (real, copy) = (&peer.heard()[0], &mirror.heard()[0]);
     assert_eq!((&real.body, &real.method), (&copy.body, &copy.method));
     assert_eq!(world.breaker("cart").failures(), 0);
+    until("both to be counted", || {
+        let metrics = world.telemetry.scrape().unwrap();
+        let counted = |outcome: &str| {
+            let outcome = format!("outcome=\"{outcome}\"");
+            total(&metrics, "undermesh_http_mirrored_total", &[&*outcome])
+        };
+        (counted("sent"), counted("failed")) == (1, 1)
+    })
+    .await;
 }
 
 #[tokio::test]
