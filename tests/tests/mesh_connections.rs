@@ -3,9 +3,10 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result};
+use nix::sys::signal::Signal;
 use undermesh_lab::figures::Witness;
 use undermesh_lab::traffic::{ClientOptions, Failure, Kind, ServeOptions, ServerReport};
-use undermesh_lab::{Lab, LabBuilder, PodSpec, ServiceSpec, Side, Traffic, wait};
+use undermesh_lab::{Lab, LabBuilder, PodHandle, PodSpec, ServiceSpec, Side, Traffic, wait};
 
 const ECHO: u16 = 7000;
 const EXCHANGE: u16 = 7001;
@@ -243,4 +244,57 @@ fn a_connection_that_went_past_the_agents_does_not_pass_for_one_of_the_mesh() ->
     assert_eq!((report.ok, report.failed), (1, 0), "{report:?}");
     assert!(witness.expect(1, 0).is_err());
     Ok(())
+}
+
+/// Longer than an endpoint is waited for where there is another: a SYN that is sent again comes too late for that.
+const HUNG: Duration = Duration::from_millis(2500);
+/// More than fit into the queue of an app that takes none of them.
+const BURST: u64 = 40;
+
+#[test]
+fn a_burst_that_an_apps_queue_does_not_hold_is_served_once_the_app_goes_on() -> Result<()> {
+    let lab = pods().start()?;
+    let client = lab.pod("client")?;
+    for name in ["near", "far"] {
+        let pod = lab.pod(name)?;
+        // The agent listens already; only the app's queue is short.
+        pod.place().netns.sysctl(&[("core/somaxconn", "4")])?;
+        let server = serve(&lab, name)?;
+        let witness = Witness::start(&lab)?;
+        server.process().signal(Signal::SIGSTOP)?;
+        let options = ClientOptions::echo(lab.service(name, 80)?)
+            .connections(BURST)
+            .concurrency(BURST)
+            .timeout(Duration::from_secs(60));
+        let burst = client.start_traffic(&options)?;
+        wait::until_true("the queue to overflow", SETTLE, || Ok(overflows(&pod)? > 0))?;
+        wait::pause(HUNG)?;
+        let meanwhile = burst.report()?;
+        assert_eq!(
+            (meanwhile.attempted, meanwhile.ok, meanwhile.failed),
+            (BURST, 0, 0),
+            "{name}: {meanwhile:?}"
+        );
+        server.process().signal(Signal::SIGCONT)?;
+        let report = burst.finish(Duration::from_secs(60))?;
+        assert_eq!((report.ok, report.failed), (BURST, 0), "{name}: {report:?}");
+        witness.until("the connections", |seen| seen.outbound == BURST)?;
+    }
+    Ok(())
+}
+
+/// `ListenOverflows` of the pod's network (snmp_counter.rst): connections that a full queue had no room for.
+fn overflows(pod: &PodHandle) -> Result<u64> {
+    let text = pod.place().netns.enter(|| {
+        let path = "/proc/thread-self/net/netstat";
+        Ok(std::fs::read_to_string(path)?)
+    })?;
+    let mut lines = text
+        .lines()
+        .filter_map(|line| line.strip_prefix("TcpExt: "));
+    let (names, values) = (lines.next(), lines.next());
+    let (names, values) = names.zip(values).context("no TcpExt")?;
+    let position = names.split(' ').position(|name| name == "ListenOverflows");
+    let value = position.and_then(|position| values.split(' ').nth(position));
+    Ok(value.context("no ListenOverflows")?.parse()?)
 }

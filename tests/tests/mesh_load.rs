@@ -11,6 +11,8 @@ const ECHO: u16 = 7000;
 const EXCHANGE: u16 = 7001;
 const MIB: u64 = 1 << 20;
 const GIB: u64 = 1 << 30;
+/// How long the first of many connections stays open: on a busy machine the last one comes late.
+const HELD: Duration = Duration::from_secs(20);
 
 fn pods() -> LabBuilder {
     Lab::builder()
@@ -51,13 +53,13 @@ fn a_thousand_connections_are_open_at_once() -> Result<()> {
         .connections(1000)
         .concurrency(1000)
         .requests(2)
-        .think(Duration::from_secs(5))
-        .timeout(Duration::from_secs(60));
+        .think(HELD)
+        .timeout(4 * HELD);
     let running = lab.pod("client")?.start_traffic(&options)?;
-    wait::until_true("all of them to be open", Duration::from_secs(30), || {
+    wait::until_true("all of them to be open", 2 * HELD, || {
         Ok(server.report()?.open == 1000)
     })?;
-    let report = running.finish(Duration::from_secs(60))?;
+    let report = running.finish(4 * HELD)?;
     assert_eq!((report.ok, report.failed), (1000, 0), "{report:?}");
     assert_eq!(server.report()?.accepted, 1000);
     witness.expect(1000, 0)?;

@@ -65,9 +65,11 @@ fn agents_follow_each_other_on_both_nodes_and_no_connection_fails() -> Result<()
     }
     let streams = streams.finish(LIMIT)?;
     assert_eq!((streams.ok, streams.failed), (4, 0), "{streams:?}");
+    wait::until_true("the storm to go on", LIMIT, || {
+        Ok(running.report()?.proxied > 100)
+    })?;
     let report = running.stop(LIMIT)?;
     assert_eq!((report.failed, report.direct), (0, 0), "{report:?}");
-    assert!(report.proxied > 100, "{report:?}");
     assert_eq!((near.report()?.direct, far.report()?.direct), (0, 0));
     for mut old in old {
         assert!(old.wait(LIMIT)?.success(), "{}", old.output());

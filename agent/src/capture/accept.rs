@@ -300,6 +300,17 @@ pub(super) fn is_exhaustion(error: &io::Error) -> bool {
 mod tests {
     use super::*;
 
+    #[test]
+    fn accept_rests_for_want_of_descriptors_or_memory_of_process_or_system_only() {
+        let rests = |errno| is_exhaustion(&io::Error::from_raw_os_error(errno));
+        for errno in [libc::EMFILE, libc::ENFILE, libc::ENOBUFS, libc::ENOMEM] {
+            assert!(rests(errno), "{errno}");
+        }
+        for errno in [libc::ECONNABORTED, libc::EPROTO, libc::EINTR] {
+            assert!(!rests(errno), "{errno}");
+        }
+    }
+
     fn verdict(role: Role, mark: u32, peer: &str, local: &str) -> Result<(), RoleFault> {
         let own = ["10.0.0.5".parse().unwrap(), "fd00::5".parse().unwrap()]
             .into_iter()

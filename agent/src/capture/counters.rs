@@ -43,9 +43,11 @@ pub enum Event {
     ProbeCgroupRefused,
     /// A pod was found to forward what others send, which is not enforced.
     ForwardingFound,
+    /// The kernel did not say whether a pod forwards what others send.
+    ForwardingUnknown,
 }
 
-const NAMES: [(Event, &str); 19] = [
+const NAMES: [(Event, &str); 20] = [
     (Event::Accepted, "accepted"),
     (Event::RoleMismatch, "role_mismatch"),
     (Event::PodFull, "pod_full"),
@@ -65,6 +67,7 @@ const NAMES: [(Event, &str); 19] = [
     (Event::StrayProbe, "stray_probe"),
     (Event::ProbeCgroupRefused, "probe_cgroup_refused"),
     (Event::ForwardingFound, "forwarding_found"),
+    (Event::ForwardingUnknown, "forwarding_unknown"),
 ];
 
 /// The counters.

@@ -277,7 +277,7 @@ impl Line {
 
     fn take(&mut self, places: &Arc<Places>, of: &Weak<Upstreams>) -> Place {
         self.taken += 1;
-        let home = (of.strong_count() > 0).then(|| of.as_ptr() as usize);
+        let home = (of.strong_count() > 0).then_some(of.as_ptr() as usize);
         if let Some(home) = home {
             let entry = self.homes.entry(home);
             entry.or_insert_with(|| (of.clone(), 0)).1 += 1;

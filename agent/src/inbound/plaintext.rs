@@ -32,7 +32,8 @@ impl Inbound {
         if let Err(denied) = authorize(mode, None) {
             return connection.fail(FailureReason::PlaintextRefused, &denied);
         }
-        let limit = self.snapshot.load().config().connect_timeout;
+        // There is no other app, and the client gives up when it likes.
+        let limit = self.snapshot.load().config().last_connect_limit();
         let app = match deliver(&pod, peer, local, limit).await {
             Ok(app) => app,
             Err(failure) => return connection.fail(failure.reason, &failure.detail),

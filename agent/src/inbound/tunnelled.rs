@@ -133,7 +133,8 @@ async fn serve_stream(inbound: Arc<Inbound>, pod: Arc<EnrolledPod>, incoming: In
         incoming.refuse(Refusal::Denied);
         return connection.fail(FailureReason::Denied, &denied);
     }
-    let limit = inbound.snapshot.load().config().connect_timeout;
+    // There is no other app, and whoever asks gives up when it likes.
+    let limit = inbound.snapshot.load().config().last_connect_limit();
     let socket = match deliver(&pod, incoming.peer_address, app, limit).await {
         Ok(socket) => socket,
         Err(failure) => {

@@ -67,6 +67,9 @@ pub struct MeshConfig {
     pub encrypt_same_node: bool,
     /// How long a TCP connect to an endpoint may take before the next is tried. Default 1 s.
     pub connect_timeout: Duration,
+    /// The same where nothing else is left to try. See [`MeshConfig::last_connect_limit`]. Default
+    /// 10 s: time for SYNs that are sent again after 1, 3 and 7 s.
+    pub last_connect_timeout: Duration,
     /// How long a client may be silent before its connection is taken for one that is not HTTP, where
     /// nothing says what is spoken. None: what is right for each side.
     pub detection_timeout: Option<Duration>,
@@ -81,9 +84,19 @@ impl Default for MeshConfig {
             mode: Mode::default(),
             encrypt_same_node: false,
             connect_timeout: Duration::from_secs(1),
+            last_connect_timeout: Duration::from_secs(10),
             detection_timeout: None,
             drain_timeout: Duration::from_secs(30),
         }
+    }
+}
+
+impl MeshConfig {
+    /// How long connecting may take where nothing else is left to try: never less than where there
+    /// is.
+    #[must_use]
+    pub fn last_connect_limit(&self) -> Duration {
+        self.last_connect_timeout.max(self.connect_timeout)
     }
 }
 

@@ -156,7 +156,7 @@ impl Dialer {
     }
 
     /// Opens a connection. `peer` and `service` say on whose behalf; `limit` is that of a TCP
-    /// connect.
+    /// connect: where there is a tunnel, of ours to the peer and of the peer's to its app.
     pub(super) async fn open(
         &self,
         pod: &Arc<EnrolledPod>,
@@ -182,10 +182,9 @@ impl Dialer {
                 .map(Upstream::Socket),
             Path::Tunnel(identity) => {
                 let request = ConnectRequest {
-                    authority: way.endpoint,
                     forwarded: Some((peer, service.map(ToString::to_string))),
-                    baggage: None,
-                    traceparent: None,
+                    answer_within: Some(limit),
+                    ..ConnectRequest::new(way.endpoint)
                 };
                 self.tunnel(pod, identity.clone(), request, limit)
                     .await

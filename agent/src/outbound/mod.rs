@@ -8,6 +8,7 @@ mod http;
 mod opaque;
 mod path;
 mod target;
+mod tries;
 
 use std::collections::HashSet;
 use std::net::SocketAddr;

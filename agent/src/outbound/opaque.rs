@@ -12,17 +12,16 @@ use super::Outbound;
 use super::connect::{Failure, Upstream};
 use super::destinations::{DestinationId, EndpointId, Reachable, Route, RouteKey, Traffic};
 use super::target::Target;
+use super::tries::{Tries, no_endpoint};
 use crate::capture::{Capture, EnrolledPod};
 use crate::http::{Crowded, Place, Places};
 use crate::mesh::route::{BackendTarget, StreamRule};
 use crate::mesh::{ObjectName, Snapshot, StreamTimeouts, TrafficPolicy};
 use crate::relay::{self, Ended, Peer};
 use crate::resilience::breaker::Permit;
-use crate::resilience::destination::{Ask, Attempt};
+use crate::resilience::destination::Attempt;
 use crate::resilience::ejection::SourceId;
-use crate::resilience::retry::{Body, Decision, Facts, Method, Nature, Stop};
-use crate::resilience::timeout::Deadline;
-use crate::resilience::{self, Outcome, Retries, Timestamp, Unsent};
+use crate::resilience::{self, Outcome};
 use crate::telemetry::{ByteCount, Connection, FailureReason};
 
 /// A connection that lives for so long is served well. One that the server resets before, without
@@ -75,15 +74,10 @@ impl Outbound {
                 self.route(origin, snapshot, &service.name, port.port, sni)?
             }
             Target::Pod(endpoint) => {
+                // There is no other pod that has this address.
+                let limit = snapshot.config().last_connect_limit();
                 return Ok(Connected {
-                    upstream: self
-                        .connect_to(
-                            origin,
-                            snapshot,
-                            endpoint,
-                            snapshot.config().connect_timeout,
-                        )
-                        .await?,
+                    upstream: self.connect_to(origin, snapshot, endpoint, limit).await?,
                     judged: None,
                     limits: StreamTimeouts::default(),
                 });
@@ -171,75 +165,41 @@ impl Outbound {
             let detail = format!("{open} for {}", route.breaker.name());
             Failure::new(FailureReason::CircuitOpen, detail)
         })?;
-        let limit = policy.connect_limit(snapshot.config());
         let place = match places {
             None => None,
-            Some(places) => match place_within(places, limit).await {
-                Ok(place) => Some(place),
-                Err(failure) => {
-                    permit.finish(failure.outcome(), clock.now());
-                    return Err(failure);
-                }
-            },
-        };
-        let budget = reachable.budget();
-        // Nothing of the client was read yet: whatever it is, it can be sent elsewhere.
-        let nature = Nature {
-            method: Method::Other,
-            body: Body::None,
-        };
-        let no_deadline = Deadline::at(Timestamp::NEVER);
-        let mut retries = Retries::begin(&budget, nature, no_deadline, clock.now());
-        let mut tried: Vec<EndpointId> = Vec::new();
-        let mut last: Option<Failure> = None;
-        loop {
-            let ask = Ask {
-                tried: &tried,
-                ..Ask::default()
-            };
-            let attempt = reachable.pick(&ask, &mut rand::rng(), clock.now());
-            let Some(attempt) = attempt.filter(|one| !tried.contains(one.target())) else {
-                let failure = last.unwrap_or_else(no_endpoint);
-                permit.finish(failure.outcome(), clock.now());
-                return Err(failure);
-            };
-            let endpoint = attempt.target().clone();
-            let failure = match self.connect_to(origin, snapshot, &endpoint, limit).await {
-                Ok(upstream) => {
-                    return Ok(Connected {
-                        upstream,
-                        judged: Some(Judged {
-                            attempt,
-                            permit,
-                            place,
-                        }),
-                        limits: policy.streams,
-                    });
-                }
-                Err(failure) => failure,
-            };
-            attempt.finish(failure.outcome(), clock.now());
-            tried.push(endpoint);
-            let elsewhere = failure.may_go_elsewhere() && tried.len() < reachable.len();
-            let decision = match elsewhere {
-                true => retries.next(
-                    &policy.settings.retry,
-                    Outcome::Unsent(Unsent::ConnectFailed),
-                    Facts::default(),
-                    &budget,
-                    &mut rand::rng(),
-                    clock.now(),
-                ),
-                false => Decision::Stop(Stop::NotRetriable),
-            };
-            match decision {
-                Decision::Retry { after } => tokio::time::sleep(after).await,
-                Decision::Stop(_) => {
-                    permit.finish(failure.outcome(), clock.now());
-                    return Err(failure);
+            Some(places) => {
+                match place_within(places, policy.connect_limit(snapshot.config())).await {
+                    Ok(place) => Some(place),
+                    Err(failure) => {
+                        permit.finish(failure.outcome(), clock.now());
+                        return Err(failure);
+                    }
                 }
             }
-            last = Some(failure);
+        };
+        let tries = Tries {
+            reachable,
+            policy,
+            config: snapshot.config(),
+            clock,
+        };
+        let open = |endpoint, limit| async move {
+            self.connect_to(origin, snapshot, &endpoint, limit).await
+        };
+        match tries.run(open).await {
+            Ok((attempt, upstream)) => Ok(Connected {
+                upstream,
+                judged: Some(Judged {
+                    attempt,
+                    permit,
+                    place,
+                }),
+                limits: policy.streams,
+            }),
+            Err(failure) => {
+                permit.finish(failure.outcome(), clock.now());
+                Err(failure)
+            }
         }
     }
 
@@ -385,13 +345,6 @@ fn outcome(ended: Option<Ended>, bytes: &ByteCount) -> Outcome {
         Ended::Reset(Peer::Upstream) => Outcome::Failure(resilience::Failure::Reset),
         Ended::Reset(Peer::Downstream) | Ended::Stopped => Outcome::Cancelled,
     }
-}
-
-fn no_endpoint() -> Failure {
-    Failure::new(
-        FailureReason::NoEndpoint,
-        "no endpoint of the service is ready",
-    )
 }
 
 #[cfg(test)]

@@ -323,10 +323,15 @@ impl Retries {
         self.made
     }
 
+    /// Whether the policy knows of a further attempt.
+    pub const fn are_left(&self, policy: &RetryPolicy) -> bool {
+        self.made < policy.retries
+    }
+
     /// Whether a failure of this request could be mended by another attempt at all: such a request
     /// may be the probe of an ejected endpoint.
     pub fn can_repeat(&self, policy: &RetryPolicy) -> bool {
-        self.made < policy.retries && self.is_repeatable(policy)
+        self.are_left(policy) && self.is_repeatable(policy)
     }
 
     fn is_repeatable(&self, policy: &RetryPolicy) -> bool {
@@ -364,7 +369,7 @@ impl Retries {
         if !repeatable {
             return Err(Stop::NotRepeatable);
         }
-        if self.made >= policy.retries {
+        if !self.are_left(policy) {
             return Err(Stop::AttemptsSpent);
         }
         let backoff = policy.backoff.wait(self.made, rng);

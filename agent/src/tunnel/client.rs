@@ -350,6 +350,9 @@ impl Place {
             stage: Stage::Answer,
             after,
         };
+        let limit = bounds
+            .answer
+            .min(request.answer_within.unwrap_or(bounds.answer));
         let request = request.to_http().map_err(|error| {
             ConnectFailure::Final(TunnelError::Broken {
                 address,
@@ -366,12 +369,12 @@ impl Place {
         let mut requests = requests.ready().await.map_err(broken)?;
         let (response, send) = requests.send_request(request, false).map_err(broken)?;
         drop(requests);
-        let deadline = Instant::now() + bounds.answer;
+        let deadline = Instant::now() + limit;
         let response = tokio::select! {
             biased;
             answer = timeout_at(deadline, response) => match answer {
                 Ok(answer) => answer.map_err(broken)?,
-                Err(_) => return Err(ConnectFailure::Final(timed_out(bounds.answer))),
+                Err(_) => return Err(ConnectFailure::Final(timed_out(limit))),
             },
             () = tunnel.silence_after_connect(bounds) => {
                 return Err(ConnectFailure::Tunnel(timed_out(bounds.nudge + bounds.silence)));

@@ -4,6 +4,7 @@
 //! and what is malformed, repeated or too long counts as not said.
 
 use std::net::{IpAddr, SocketAddr};
+use std::time::Duration;
 
 use http::header::FORWARDED;
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Uri};
@@ -32,10 +33,13 @@ pub struct ConnectRequest {
     pub baggage: Option<String>,
     /// W3C trace context. Left out if malformed.
     pub traceparent: Option<String>,
+    /// How long the answer may take, which includes the peer's dial of its app; never more than
+    /// [`Limits::answer`](super::Limits::answer). None: that.
+    pub answer_within: Option<Duration>,
 }
 
 impl ConnectRequest {
-    /// A request with no optional header.
+    /// A request with no optional header, and no limit of its own.
     #[must_use]
     pub fn new(authority: SocketAddr) -> Self {
         Self {
@@ -43,6 +47,7 @@ impl ConnectRequest {
             forwarded: None,
             baggage: None,
             traceparent: None,
+            answer_within: None,
         }
     }
 
@@ -229,6 +234,7 @@ mod tests {
                 forwarded: Some((client.parse().unwrap(), Some("web.shop.svc".into()))),
                 baggage: Some("k8s.namespace.name=shop,service.name=web".into()),
                 traceparent: Some(TRACE.into()),
+                answer_within: None,
             };
             let http = request.to_http().unwrap();
             assert_eq!(http.uri().to_string(), "10.0.0.1:8080");

@@ -60,7 +60,7 @@ const SMALL_FRAMES: usize = (TUNNEL_WINDOW / 2) as usize;
 /// Time bounds of tunnels. The defaults are ztunnel's where it has one.
 #[derive(Debug, Clone)]
 pub struct Limits {
-    /// For the TCP connection. The dialler may have a shorter bound of its own. Default 5 s.
+    /// For the TCP connection. The dialler may have a shorter bound of its own. Default 10 s.
     pub dial: Duration,
     /// For TLS and the HTTP/2 preface. Default 5 s.
     pub handshake: Duration,
@@ -86,7 +86,7 @@ pub struct Limits {
 impl Default for Limits {
     fn default() -> Self {
         Self {
-            dial: Duration::from_secs(5),
+            dial: Duration::from_secs(10),
             handshake: Duration::from_secs(5),
             answer: Duration::from_secs(10),
             nudge: Duration::from_millis(200),

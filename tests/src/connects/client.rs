@@ -190,31 +190,20 @@ fn once(kind: Kind, options: &ConnectOptions) -> io::Result<()> {
             connected(socket)?
         }
         Kind::BoundDeviceRetransmit => {
-            let socket = tcp()?;
-            socket.set_nonblocking(true)?;
-            match socket.connect(&target) {
-                Err(error) if error.raw_os_error() == Some(EINPROGRESS) => {}
-                Ok(()) => return Err(io::Error::other("the first SYN was answered")),
-                Err(error) => return Err(error),
-            }
-            let start = Instant::now();
-            socket.bind_device(Some(b"eth0"))?;
-            let mut events = [PollFd::new(&socket, PollFlags::OUT)];
-            if poll(
-                &mut events,
-                Some(&LIMIT.try_into().map_err(io::Error::other)?),
-            )? == 0
-            {
-                return Err(ErrorKind::TimedOut.into());
-            }
-            match socket.take_error()? {
-                Some(error) => return Err(error),
-                // RFC 6298 (2.1): a SYN is sent again after a second.
-                None if start.elapsed() < Duration::from_millis(500) => {
-                    return Err(io::Error::other("no SYN was lost"));
-                }
-                None => socket,
-            }
+            while_a_syn_is_lost(tcp()?, &target, |socket| socket.bind_device(Some(b"eth0")))?
+        }
+        Kind::UnmarkedRetransmit => {
+            while_a_syn_is_lost(tcp()?, &target, |socket| socket.set_mark(0))?
+        }
+        Kind::UnmarkedOpen => {
+            let mut stream = TcpStream::from(connected(tcp()?)?);
+            stream.write_all(LINE)?;
+            let mut answer = vec![0; LINE.len()];
+            stream.read_exact(&mut answer)?;
+            let socket = Socket::from(stream);
+            socket.set_mark(APP_MARK)?;
+            // What follows looks for a way of its own.
+            socket
         }
         Kind::BoundDeviceLate | Kind::BoundDeviceUnprivileged => {
             deferred(&|socket| socket.bind_device(Some(b"eth0")))?
@@ -274,6 +263,38 @@ fn once(kind: Kind, options: &ConnectOptions) -> io::Result<()> {
         _ => connected(tcp()?)?,
     };
     talk(socket, to)
+}
+
+/// Connects where the first SYN is lost, and does something before the second.
+fn while_a_syn_is_lost(
+    socket: Socket,
+    target: &SockAddr,
+    between: impl FnOnce(&Socket) -> io::Result<()>,
+) -> io::Result<Socket> {
+    socket.set_nonblocking(true)?;
+    match socket.connect(target) {
+        Err(error) if error.raw_os_error() == Some(EINPROGRESS) => {}
+        Ok(()) => return Err(io::Error::other("the first SYN was answered")),
+        Err(error) => return Err(error),
+    }
+    let start = Instant::now();
+    between(&socket)?;
+    let mut events = [PollFd::new(&socket, PollFlags::OUT)];
+    if poll(
+        &mut events,
+        Some(&LIMIT.try_into().map_err(io::Error::other)?),
+    )? == 0
+    {
+        return Err(ErrorKind::TimedOut.into());
+    }
+    match socket.take_error()? {
+        Some(error) => Err(error),
+        // RFC 6298 (2.1): a SYN is sent again after a second.
+        None if start.elapsed() < Duration::from_millis(500) => {
+            Err(io::Error::other("no SYN was lost"))
+        }
+        None => Ok(socket),
+    }
 }
 
 /// Twice from one port: the second finds the first in TIME_WAIT.

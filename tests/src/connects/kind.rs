@@ -36,6 +36,10 @@ pub enum Kind {
     Marked,
     /// All marks taken off after a deferred connect.
     UnmarkedLate,
+    /// All marks taken off while its SYN is under way for the second time.
+    UnmarkedRetransmit,
+    /// All marks but one of the app's own taken off in the middle of the connection.
+    UnmarkedOpen,
     /// `SO_DONTROUTE`.
     DontRoute,
     /// Connected to something that refuses, dissolved with `AF_UNSPEC`, connected again.

@@ -222,8 +222,8 @@ impl<'a> Trial<'a> {
             // In a minute: with TIME_WAIT, ports would last for half of them.
             (Kind::Many, Extent::Full) => 60_000,
             // Each takes a second, and so on.
-            (Kind::BoundDeviceRetransmit, Extent::Quick) => 2,
-            (Kind::BoundDeviceRetransmit, Extent::Full) => 20,
+            (Kind::BoundDeviceRetransmit | Kind::UnmarkedRetransmit, Extent::Quick) => 2,
+            (Kind::BoundDeviceRetransmit | Kind::UnmarkedRetransmit, Extent::Full) => 20,
             // More than a process with 20,000 descriptors may serve of one pod.
             (Kind::PastTheLimit, _) => 10_200,
             (Kind::Concurrent, Extent::Quick) => 300,
@@ -350,7 +350,7 @@ impl<'a> Trial<'a> {
                 let words = words.chain([self.program.clone()]).chain(arguments);
                 self.client.run("setpriv", &words.collect::<Vec<_>>())
             }
-            Kind::BoundDeviceRetransmit => {
+            Kind::BoundDeviceRetransmit | Kind::UnmarkedRetransmit => {
                 netns.feed(&["nft", "-f", "-"], LOSE_SYNS)?;
                 let output = self.client.run(&self.program, &arguments);
                 netns.feed(&["nft", "-f", "-"], "delete table inet lossy")?;

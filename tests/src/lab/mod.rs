@@ -188,9 +188,9 @@ impl Lab {
         Ok(())
     }
 
-    /// Ends a pod and gives its addresses to a new one on the same node, as fast as that can be done. `meanwhile`
-    /// runs when the new pod has its network and nobody was told yet: agents, CA and kube-proxy still know the
-    /// former. It is handed the new pod, and how long nobody had the addresses.
+    /// Ends a pod and gives its addresses to a new one on the same node: there is no moment at which nobody has them.
+    /// `meanwhile` runs when the new pod has its network and nobody was told yet: agents, CA and kube-proxy still know
+    /// the former. It is handed the new pod, and how long after the former's end it had the addresses, at most.
     pub fn replace_pod<T>(
         &self,
         former: &str,
@@ -380,13 +380,13 @@ impl Inner {
         ensure!(heir.node == former.node, "{} is of another node", heir.name);
         fs::create_dir_all(&heir.dir)?;
         Cgroup::create(&heir.cgroup)?;
-        Cgroup::at(&former.cgroup).kill()?;
         let node = self.state.node(&former.node)?;
-        network::disconnect_pod(node, &former)?;
-        let gone = Instant::now();
-        network::connect_pod(node, &heir)?;
-        let gap = gone.elapsed();
+        network::lay_link(node, &heir)?;
         network::settle(&Netns::at(&heir.netns))?;
+        Cgroup::at(&former.cgroup).kill()?;
+        let ended = Instant::now();
+        network::pass_on(node, &former, &heir)?;
+        let gap = ended.elapsed();
         Ok((former, heir, gap))
     }
 

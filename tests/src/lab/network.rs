@@ -2,6 +2,7 @@
 //!
 //! Every link is made inside the lab's own namespaces, so labs cannot meet, nor touch the machine's network.
 
+use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 use std::net::Ipv4Addr;
 use std::time::Duration;
 
@@ -81,10 +82,22 @@ pub(super) fn connect_nodes(control: &Netns, nodes: &[NodeRecord]) -> Result<()>
 
 /// Makes a pod's namespace and its link to the node.
 pub(super) fn connect_pod(node: &NodeRecord, pod: &PodRecord) -> Result<()> {
+    lay_link(node, pod)?;
+    Netns::at(&node.netns).ip(&ways_to(node, pod))
+}
+
+/// Gives the addresses of a pod to another, whose link is laid: there is no moment at which nobody has them. What the
+/// former had is taken away.
+pub(super) fn pass_on(node: &NodeRecord, former: &PodRecord, heir: &PodRecord) -> Result<()> {
+    Netns::at(&node.netns).ip(&ways_to(node, heir))?;
+    disconnect_pod(node, former)
+}
+
+/// A pod's namespace, and a link to it with the addresses of both ends, to which nothing leads yet.
+pub(super) fn lay_link(node: &NodeRecord, pod: &PodRecord) -> Result<()> {
     let netns = Netns::create(&pod.netns)?;
-    let dual_stack = pod.ips.len() > 1;
     netns.sysctl(POD)?;
-    if dual_stack {
+    if is_dual_stack(pod) {
         netns.sysctl(HOST)?;
     } else {
         netns.sysctl(&[
@@ -102,7 +115,6 @@ pub(super) fn connect_pod(node: &NodeRecord, pod: &PodRecord) -> Result<()> {
         ),
         format!("addr add {gateway4}/32 dev {link}"),
         format!("link set {link} up"),
-        format!("route add {v4}/32 dev {link}"),
     ];
     let mut inside = vec![
         format!("addr add {v4}/32 dev eth0"),
@@ -110,11 +122,8 @@ pub(super) fn connect_pod(node: &NodeRecord, pod: &PodRecord) -> Result<()> {
         format!("route add {gateway4}/32 dev eth0"),
         format!("route add default via {gateway4} dev eth0"),
     ];
-    if dual_stack {
-        outside.extend([
-            format!("addr add {gateway6}/128 dev {link} nodad"),
-            format!("route add {v6}/128 dev {link}"),
-        ]);
+    if is_dual_stack(pod) {
+        outside.push(format!("addr add {gateway6}/128 dev {link} nodad"));
         inside.extend([
             format!("addr add {v6}/128 dev eth0 nodad"),
             format!("route add {gateway6}/128 dev eth0"),
@@ -123,6 +132,26 @@ pub(super) fn connect_pod(node: &NodeRecord, pod: &PodRecord) -> Result<()> {
     }
     Netns::at(&node.netns).ip(&outside)?;
     netns.ip(&inside)
+}
+
+/// The node's routes to a pod, in place of those to whoever has its addresses.
+fn ways_to(node: &NodeRecord, pod: &PodRecord) -> Vec<String> {
+    let link = link_of(pod);
+    let mut ways = vec![format!(
+        "route replace {}/32 dev {link}",
+        pod_v4(node.index, pod.index)
+    )];
+    if is_dual_stack(pod) {
+        ways.push(format!(
+            "route replace {}/128 dev {link}",
+            pod_v6(node.index, pod.index)
+        ));
+    }
+    ways
+}
+
+fn is_dual_stack(pod: &PodRecord) -> bool {
+    pod.ips.len() > 1
 }
 
 /// Waits until every IPv6 address may be used. The kernel says that a new link is up as late as a
@@ -152,8 +181,12 @@ pub(super) fn disconnect_pod(node: &NodeRecord, pod: &PodRecord) -> Result<()> {
     Netns::at(&pod.netns).remove()
 }
 
+/// Two pods may have one address for a moment, and so one index.
 fn link_of(pod: &PodRecord) -> String {
-    format!("p{}", pod.index)
+    let mut hasher = DefaultHasher::new();
+    pod.netns.hash(&mut hasher);
+    // No longer than the kernel's 15 characters.
+    format!("p{}-{:08x}", pod.index, hasher.finish() & 0xffff_ffff)
 }
 
 /// The node of that side, as it will be.

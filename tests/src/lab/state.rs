@@ -107,7 +107,7 @@ pub struct PodRecord {
     pub namespace: String,
     /// Its node.
     pub node: String,
-    /// Its number on the node: part of its addresses, and `p<index>` is its link.
+    /// Its number on the node: part of its addresses, and the name of its link begins with `p<index>`.
     pub index: u16,
     /// File of its network namespace.
     pub netns: PathBuf,

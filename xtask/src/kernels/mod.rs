@@ -10,14 +10,14 @@ use std::path::PathBuf;
 use std::process::{ExitCode, Stdio};
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, anyhow, bail, ensure};
 use clap::Args;
 use serde_json::Value;
 use undermesh_lab::interrupt;
 
 use self::instructions::Instructions;
 use self::machine::{Job, Outcome};
-use self::packages::{VERSIONS, Version};
+use self::packages::{Kernel, VERSIONS, Version};
 use crate::{debian, programs, test};
 
 /// What to try.
@@ -51,14 +51,14 @@ const OF_PROGRAMS: Tests = ("kernel", "--test-threads=4 --show-output");
 /// Pods that are enrolled. They have deadlines, so they do not compete for the slow CPUs.
 const OF_CAPTURE: Tests = ("undermesh", "--test-threads=1 capture::");
 
-/// All kernels, one after another.
+/// All kernels, one after another, and a table of what came of it.
 pub fn run(options: &Options) -> Result<ExitCode> {
     let mut counted = Instructions::default();
-    let mut failures = Vec::new();
+    let (mut rows, mut failures) = (Vec::new(), Vec::new());
     for version in VERSIONS {
         interrupt::check()?;
         match one(version, &[OF_PROGRAMS, OF_CAPTURE], &mut counted) {
-            Ok((passed, failed)) => println!("{}: {passed} passed, {failed} failed", version.name),
+            Ok(outcomes) => rows.extend(outcomes),
             Err(error) => failures.push(format!("{}: {error:#}", version.name)),
         }
         if !options.renew
@@ -70,6 +70,8 @@ pub fn run(options: &Options) -> Result<ExitCode> {
     if options.renew {
         counted.write()?;
     }
+    print!("{}", table(&rows));
+    failures.extend(rows.iter().filter_map(Row::failure));
     ensure!(failures.is_empty(), "{}", failures.join("\n"));
     Ok(ExitCode::SUCCESS)
 }
@@ -78,16 +80,95 @@ pub fn run(options: &Options) -> Result<ExitCode> {
 /// success.
 pub fn oldest() -> (u64, u64, Result<()>) {
     let mut counted = Instructions::default();
-    let outcome = one(VERSIONS[0], &[OF_PROGRAMS], &mut counted);
+    let rows = match one(VERSIONS[0], &[OF_PROGRAMS], &mut counted) {
+        Ok(rows) => rows,
+        Err(error) => return (0, 1, Err(error)),
+    };
     let checked = counted.check(VERSIONS[0].name);
-    match outcome {
-        Ok((passed, failed)) => (passed, failed, checked),
-        Err(error) => (0, 1, Err(error)),
+    let (passed, failed) = rows.iter().fold((0, 0), |(passed, failed), row| {
+        (passed + row.passed, failed + row.failed)
+    });
+    let broken: Vec<String> = rows.iter().filter_map(Row::failure).collect();
+    let outcome = match broken.is_empty() {
+        true => checked,
+        false => Err(anyhow!(broken.join("\n"))),
+    };
+    (passed, failed, outcome)
+}
+
+/// What came of one test program under one kernel.
+#[derive(Debug)]
+struct Row {
+    /// As `uname -r` says.
+    release: String,
+    tests: &'static str,
+    passed: u64,
+    failed: u64,
+    took: Duration,
+    /// What the program said at its end; none if it did not come to one.
+    status: Option<i32>,
+}
+
+impl Row {
+    fn of(kernel: &Kernel, tests: &'static str, outcome: Option<&Outcome>) -> Self {
+        let (passed, failed) = outcome.and_then(summary).unwrap_or_default();
+        Self {
+            release: kernel.release.clone(),
+            tests,
+            passed,
+            failed,
+            took: outcome.map_or(Duration::ZERO, |outcome| outcome.took),
+            status: outcome.and_then(|outcome| outcome.status),
+        }
+    }
+
+    fn is_right(&self) -> bool {
+        self.status == Some(0) && self.passed > 0 && self.failed == 0
+    }
+
+    fn failure(&self) -> Option<String> {
+        let Self {
+            release,
+            tests,
+            passed,
+            failed,
+            ..
+        } = self;
+        let end = self.end();
+        let text = format!("{tests} under {release}: {end}; {passed} passed, {failed} failed");
+        (!self.is_right()).then_some(text)
+    }
+
+    fn end(&self) -> String {
+        match self.status {
+            _ if self.is_right() => "right".to_owned(),
+            Some(status) => format!("status {status}"),
+            None => "did not come to its end".to_owned(),
+        }
     }
 }
 
-/// How many tests passed and failed; an error if any failed or was not run.
-fn one(version: Version, tests: &[Tests], counted: &mut Instructions) -> Result<(u64, u64)> {
+fn table(rows: &[Row]) -> String {
+    let mut text = format!(
+        "{:<28} {:<10} {:>7} {:>7} {:>8}\n",
+        "kernel", "tests", "passed", "failed", "seconds"
+    );
+    for row in rows {
+        text.push_str(&format!(
+            "{:<28} {:<10} {:>7} {:>7} {:>8.0}  {}\n",
+            row.release,
+            row.tests,
+            row.passed,
+            row.failed,
+            row.took.as_secs_f64(),
+            row.end()
+        ));
+    }
+    text
+}
+
+/// What came of each test program.
+fn one(version: Version, tests: &[Tests], counted: &mut Instructions) -> Result<Vec<Row>> {
     ensure!(
         std::env::consts::ARCH == "x86_64",
         "only x86-64 machines are emulated, with programs of the machine's own kind"
@@ -97,34 +178,18 @@ fn one(version: Version, tests: &[Tests], counted: &mut Instructions) -> Result<
     let jobs = test_programs(tests)?;
     println!("booting {}", kernel.release);
     let outcomes = machine::run(&kernel, &jobs, LIMIT)?;
-    let (mut passed, mut failed, mut broken) = (0, 0, Vec::new());
-    for job in &jobs {
+    let rows = jobs.iter().map(|job| {
         let outcome = outcomes.iter().find(|outcome| outcome.name == job.name);
-        let Some(outcome) = outcome else {
-            broken.push(format!("{} did not run", job.name));
-            continue;
-        };
-        counted.read(version.name, &outcome.lines);
-        let (more_passed, more_failed) = summary(outcome)?;
-        passed += more_passed;
-        failed += more_failed;
-        if outcome.status != Some(0) || more_passed == 0 {
-            broken.push(format!("{}: status {:?}", job.name, outcome.status));
+        if let Some(outcome) = outcome {
+            counted.read(version.name, &outcome.lines);
         }
-    }
-    ensure!(
-        broken.is_empty(),
-        "under {}: {}; {passed} passed, {failed} failed",
-        kernel.release,
-        broken.join(", ")
-    );
-    Ok((passed, failed))
+        Row::of(&kernel, job.name, outcome)
+    });
+    Ok(rows.collect())
 }
 
-fn summary(outcome: &Outcome) -> Result<(u64, u64)> {
-    let mut lines = outcome.lines.iter();
-    let counts = lines.find_map(|line| test::summary(line));
-    counts.with_context(|| format!("{} has no summary: the machine went off", outcome.name))
+fn summary(outcome: &Outcome) -> Option<(u64, u64)> {
+    outcome.lines.iter().find_map(|line| test::summary(line))
 }
 
 /// Built as for any run of the tests; cargo says where they are.
@@ -169,4 +234,37 @@ fn test_programs(tests: &[Tests]) -> Result<Vec<Job>> {
         });
     }
     Ok(jobs)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_program_that_came_to_its_end_with_tests_and_no_failure_is_right() {
+        let row = |passed, failed, status| Row {
+            release: "6.1.0-x".to_owned(),
+            tests: "kernel",
+            passed,
+            failed,
+            took: Duration::from_secs(90),
+            status,
+        };
+        assert_eq!(row(52, 0, Some(0)).failure(), None);
+        for wrong in [
+            row(0, 0, Some(0)),
+            row(51, 1, Some(101)),
+            row(51, 1, Some(0)),
+            row(52, 0, None),
+        ] {
+            assert!(wrong.failure().is_some(), "{wrong:?}");
+        }
+        let text = table(&[row(52, 0, Some(0)), row(3, 0, None)]);
+        let lines: Vec<&str> = text.lines().collect();
+        assert!(
+            lines[1].contains("52") && lines[1].ends_with("90  right"),
+            "{text}"
+        );
+        assert!(lines[2].ends_with("did not come to its end"), "{text}");
+    }
 }

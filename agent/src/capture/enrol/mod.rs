@@ -97,7 +97,8 @@ impl Enrolment {
         let own: PodAddresses = addresses.iter().map(|found| found.address).collect();
         let devices = addresses.iter().map(|found| found.device).collect();
         let forwards = forwarding::look(&netns, &tools.worker, &network, &devices).await?;
-        if let (Mode::Strict, Some(forwards)) = (mode, &forwards)
+        if let Some(forwards) = &forwards
+            && forwards.refuses(mode)
             && !is_known(tools, &netns).await?
         {
             return Err(EnrolError::Forwards(forwards.clone()));
@@ -274,7 +275,10 @@ impl Enrolment {
         if let Some(forwards) = &found
             && self.forwards != found
         {
-            tools.counters.count(Event::ForwardingFound);
+            tools.counters.count(match forwards {
+                Forwards::Unknown(_) => Event::ForwardingUnknown,
+                Forwards::Device(_) | Forwards::Translation(_) => Event::ForwardingFound,
+            });
             let pod = self.pod.workload();
             tracing::warn!(pod = %pod.name, %forwards, "what the pod forwards for others is not enforced");
         }

@@ -18,29 +18,45 @@ const NFTA_CHAIN_TYPE: u16 = 7;
 const REQUEST_DUMP: u16 = 0x1 | 0x300;
 const NLMSG_ERROR: u16 = 2;
 const NLMSG_DONE: u16 = 3;
+/// In the flags of a message: the chains changed while they were listed.
+const NLM_F_DUMP_INTR: u16 = 0x10;
 /// Of a message; of what nfnetlink puts before the attributes; of an attribute.
 const HEADER: usize = 16;
 const NFGENMSG: usize = 4;
 const ATTRIBUTE: usize = 4;
 /// An answer to one request takes no more datagrams; beyond, it is taken for one that says so.
 const MOST_DATAGRAMS: usize = 1_024;
+/// How often a list is asked for again that changed meanwhile.
+const MOST_LISTS: u32 = 4;
 
 /// Who translates addresses here. To be called in the pod's namespace. A kernel that has neither
-/// translates nothing.
-pub(super) fn translator() -> Option<&'static str> {
-    if translates().unwrap_or(false) {
-        return Some("nftables");
+/// translates nothing; one that does not say is an error.
+pub(super) fn translator() -> io::Result<Option<&'static str>> {
+    if nftables_translates()? {
+        return Ok(Some("nftables"));
     }
     // Of the calling thread's namespace. The table is there once somebody has used it.
-    ["ip_tables_names", "ip6_tables_names"]
-        .into_iter()
-        .filter_map(|file| fs::read_to_string(format!("/proc/thread-self/net/{file}")).ok())
-        .any(|tables| tables.lines().any(|table| table == "nat"))
-        .then_some("iptables")
+    for file in ["ip_tables_names", "ip6_tables_names"] {
+        match fs::read_to_string(format!("/proc/thread-self/net/{file}")) {
+            Ok(tables) if tables.lines().any(|table| table == "nat") => {
+                return Ok(Some("iptables"));
+            }
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            Ok(_) | Err(_) => {}
+        }
+    }
+    Ok(None)
 }
 
-fn translates() -> io::Result<bool> {
-    let mut socket = Socket::new(NETLINK_NETFILTER)?;
+fn nftables_translates() -> io::Result<bool> {
+    let socket = match Socket::new(NETLINK_NETFILTER) {
+        Err(error) if error.raw_os_error() == Some(libc::EPROTONOSUPPORT) => return Ok(false),
+        socket => socket?,
+    };
+    translates(socket)
+}
+
+fn translates(mut socket: Socket) -> io::Result<bool> {
     socket.bind_auto()?;
     socket.connect(&SocketAddr::new(0, 0))?;
     let length = HEADER + NFGENMSG;
@@ -50,49 +66,102 @@ fn translates() -> io::Result<bool> {
     request.extend(REQUEST_DUMP.to_ne_bytes());
     // Sequence and port, and then family (any), version and resource.
     request.extend([0; 8 + NFGENMSG]);
-    socket.send(&request, 0)?;
-    for _ in 0..MOST_DATAGRAMS {
-        let (datagram, _) = socket.recv_from_full()?;
-        match answer(&datagram) {
-            Answer::Translates => return Ok(true),
-            Answer::End => return Ok(false),
-            Answer::More => {}
+    for _ in 0..MOST_LISTS {
+        socket.send(&request, 0)?;
+        match list(&socket)? {
+            Listed::Translates => return Ok(true),
+            Listed::Nothing => return Ok(false),
+            Listed::Changed => {}
         }
     }
-    Ok(true)
+    Err(io::Error::new(
+        io::ErrorKind::Interrupted,
+        "the chains of nftables change while they are listed",
+    ))
 }
 
-#[derive(Debug, PartialEq, Eq)]
-enum Answer {
-    /// A chain of rules that translate.
+/// What a whole list of chains says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Listed {
     Translates,
-    /// That was all, or the kernel has no nftables.
+    Nothing,
+    /// Perhaps not all of it was seen.
+    Changed,
+}
+
+fn list(socket: &Socket) -> io::Result<Listed> {
+    let mut listed = Listed::Nothing;
+    for _ in 0..MOST_DATAGRAMS {
+        let (datagram, _) = socket.recv_from_full()?;
+        if read(&datagram, &mut listed)? == Progress::End {
+            return Ok(listed);
+        }
+    }
+    Ok(Listed::Translates)
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Progress {
+    /// That was all.
     End,
     /// Another datagram follows.
     More,
 }
 
-fn answer(mut datagram: &[u8]) -> Answer {
-    while let Some((length, kind)) = message(datagram) {
-        match kind {
-            NLMSG_DONE | NLMSG_ERROR => return Answer::End,
-            NFT_MSG_NEWCHAIN if is_translation(&datagram[HEADER..length]) => {
-                return Answer::Translates;
-            }
-            _ => datagram = datagram.get(align(length)..).unwrap_or_default(),
+fn read(mut datagram: &[u8], listed: &mut Listed) -> io::Result<Progress> {
+    while let Some(Message {
+        length,
+        kind,
+        flags,
+    }) = message(datagram)
+    {
+        if flags & NLM_F_DUMP_INTR != 0 && *listed == Listed::Nothing {
+            *listed = Listed::Changed;
         }
+        match kind {
+            NLMSG_DONE => return Ok(Progress::End),
+            NLMSG_ERROR => return refusal(&datagram[HEADER..length]).map(|()| Progress::End),
+            NFT_MSG_NEWCHAIN if is_translation(&datagram[HEADER..length]) => {
+                *listed = Listed::Translates;
+            }
+            _ => {}
+        }
+        datagram = datagram.get(align(length)..).unwrap_or_default();
     }
-    Answer::More
+    Ok(Progress::More)
 }
 
-/// Length with its header, and type.
-fn message(bytes: &[u8]) -> Option<(usize, u16)> {
+/// An error that only says that the kernel has no nftables is none.
+fn refusal(payload: &[u8]) -> io::Result<()> {
+    let code = payload.get(..4).and_then(|code| code.try_into().ok());
+    let code = code.map_or(libc::EBADMSG, |code| {
+        i32::from_ne_bytes(code).saturating_neg()
+    });
+    match code {
+        // nfnetlink's answer where nobody registered for these messages (nfnetlink_rcv_msg).
+        libc::EINVAL | libc::EOPNOTSUPP => Ok(()),
+        code => Err(io::Error::from_raw_os_error(code)),
+    }
+}
+
+/// The head of a message.
+struct Message {
+    /// With the head.
+    length: usize,
+    kind: u16,
+    flags: u16,
+}
+
+fn message(bytes: &[u8]) -> Option<Message> {
     let length = u32::from_ne_bytes(bytes.get(..4)?.try_into().ok()?);
     let kind = u16::from_ne_bytes(bytes.get(4..6)?.try_into().ok()?);
+    let flags = u16::from_ne_bytes(bytes.get(6..8)?.try_into().ok()?);
     let length = usize::try_from(length).ok()?;
-    (HEADER..=bytes.len())
-        .contains(&length)
-        .then_some((length, kind))
+    (HEADER..=bytes.len()).contains(&length).then_some(Message {
+        length,
+        kind,
+        flags,
+    })
 }
 
 fn is_translation(payload: &[u8]) -> bool {
@@ -149,26 +218,73 @@ mod tests {
         bytes
     }
 
+    /// What comes of one datagram.
+    fn of(parts: &[Vec<u8>]) -> Result<(Progress, Listed), i32> {
+        let mut listed = Listed::Nothing;
+        let progress = read(&parts.concat(), &mut listed);
+        let progress = progress.map_err(|error| error.raw_os_error().unwrap())?;
+        Ok((progress, listed))
+    }
+
+    fn end() -> Vec<u8> {
+        finish(vec![0; HEADER + 4], NLMSG_DONE)
+    }
+
     #[test]
     fn only_a_chain_for_translation_with_rules_translates() {
-        let end = || finish(vec![0; HEADER + 4], NLMSG_DONE);
-        let of = |parts: &[Vec<u8>]| answer(&parts.concat());
+        use Listed::{Nothing, Translates};
+        use Progress::{End, More};
         assert_eq!(
             of(&[chain(b"filter\0", 3), chain(b"nat\0", 0)]),
-            Answer::More
+            Ok((More, Nothing))
         );
-        assert_eq!(of(&[chain(b"filter\0", 3), end()]), Answer::End);
+        assert_eq!(of(&[chain(b"filter\0", 3), end()]), Ok((End, Nothing)));
         assert_eq!(
             of(&[chain(b"filter\0", 3), chain(b"nat\0", 1), end()]),
-            Answer::Translates
+            Ok((End, Translates))
         );
-        assert_eq!(of(&[finish(vec![0; 36], NLMSG_ERROR)]), Answer::End);
+    }
+
+    #[test]
+    fn a_kernel_without_nftables_translates_nothing_and_any_other_error_is_one() {
+        let error = |code: i32| {
+            let mut bytes = vec![0; HEADER];
+            bytes.extend((-code).to_ne_bytes());
+            bytes.resize(36, 0);
+            of(&[finish(bytes, NLMSG_ERROR)])
+        };
+        for code in [libc::EINVAL, libc::EOPNOTSUPP] {
+            assert_eq!(error(code), Ok((Progress::End, Listed::Nothing)));
+        }
+        for code in [libc::EPERM, libc::ENOMEM, libc::EINTR] {
+            assert_eq!(error(code), Err(code));
+        }
+        assert_eq!(
+            of(&[finish(vec![0; HEADER], NLMSG_ERROR)]),
+            Err(libc::EBADMSG)
+        );
+    }
+
+    #[test]
+    fn a_list_that_changed_meanwhile_says_nothing_unless_it_says_yes() {
+        let interrupted = |mut bytes: Vec<u8>| {
+            bytes[6..8].copy_from_slice(&NLM_F_DUMP_INTR.to_ne_bytes());
+            bytes
+        };
+        assert_eq!(
+            of(&[interrupted(chain(b"filter\0", 1)), end()]),
+            Ok((Progress::End, Listed::Changed))
+        );
+        assert_eq!(
+            of(&[interrupted(chain(b"nat\0", 1)), end()]),
+            Ok((Progress::End, Listed::Translates))
+        );
     }
 
     proptest! {
         #[test]
         fn whatever_comes_is_read_to_its_end(datagram in proptest::collection::vec(any::<u8>(), 0..200)) {
-            answer(&datagram);
+            let _ = read(&datagram, &mut Listed::Nothing);
             is_translation(&datagram);
         }
     }

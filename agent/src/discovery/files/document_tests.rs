@@ -132,7 +132,7 @@ fn faults_of_form_name_line_object_field_and_reason() {
         ),
         (
             &format!("{own}  mode: Strict\n  conectTimeout: 1s\n"),
-            "7: MeshConfig mesh: spec.conectTimeout: unknown field `conectTimeout`, expected one of `trustDomain`, `mode`, `encryptSameNode`, `connectTimeout`, `detectionTimeout`, `drainTimeout`",
+            "7: MeshConfig mesh: spec.conectTimeout: unknown field `conectTimeout`, expected one of `trustDomain`, `mode`, `encryptSameNode`, `connectTimeout`, `lastConnectTimeout`, `detectionTimeout`, `drainTimeout`",
         ),
         (
             &format!("{own}  drainTimeout: 1 week\n"),

@@ -48,6 +48,9 @@ pub struct MeshConfigSpec {
     /// See [`MeshConfig::connect_timeout`]. Above 0, at most 24 h.
     #[serde(default, deserialize_with = "duration")]
     pub connect_timeout: Option<Duration>,
+    /// See [`MeshConfig::last_connect_timeout`]. Above 0, at most 24 h.
+    #[serde(default, deserialize_with = "duration")]
+    pub last_connect_timeout: Option<Duration>,
     /// See [`MeshConfig::detection_timeout`]. 1 ms to 10 s.
     #[serde(default, deserialize_with = "duration")]
     pub detection_timeout: Option<Duration>,
@@ -67,11 +70,16 @@ impl MeshConfigSpec {
             None => default.trust_domain,
         };
         let connect_timeout = self.connect_timeout.unwrap_or(default.connect_timeout);
-        if connect_timeout.is_zero() {
-            return Err(Fault::new(
-                "spec.connectTimeout",
-                "0 lets no connection come about",
-            ));
+        let last_connect_timeout = self
+            .last_connect_timeout
+            .unwrap_or(default.last_connect_timeout);
+        for (timeout, field) in [
+            (connect_timeout, "spec.connectTimeout"),
+            (last_connect_timeout, "spec.lastConnectTimeout"),
+        ] {
+            if timeout.is_zero() {
+                return Err(Fault::new(field, "0 lets no connection come about"));
+            }
         }
         if let Some(timeout) = self.detection_timeout
             && !DETECTION_RANGE.contains(&timeout)
@@ -86,6 +94,7 @@ impl MeshConfigSpec {
             mode: self.mode.unwrap_or(default.mode),
             encrypt_same_node: self.encrypt_same_node.unwrap_or(default.encrypt_same_node),
             connect_timeout,
+            last_connect_timeout,
             detection_timeout: self.detection_timeout,
             drain_timeout: self.drain_timeout.unwrap_or(default.drain_timeout),
         })
@@ -126,13 +135,15 @@ mod tests {
     fn every_setting_is_taken() {
         let spec = serde_json::json!({
             "trustDomain": "mesh.example", "mode": "Strict", "encryptSameNode": true,
-            "connectTimeout": "500ms", "detectionTimeout": "300ms", "drainTimeout": "2m"
+            "connectTimeout": "500ms", "lastConnectTimeout": "3s", "detectionTimeout": "300ms",
+            "drainTimeout": "2m"
         });
         let expected = MeshConfig {
             trust_domain: "mesh.example".parse().unwrap(),
             mode: Mode::Strict,
             encrypt_same_node: true,
             connect_timeout: Duration::from_millis(500),
+            last_connect_timeout: Duration::from_secs(3),
             detection_timeout: Some(Duration::from_millis(300)),
             drain_timeout: Duration::from_secs(120),
         };

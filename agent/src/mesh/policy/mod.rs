@@ -50,6 +50,14 @@ impl TrafficPolicy {
         self.streams.connect.unwrap_or(config.connect_timeout)
     }
 
+    /// The same to an endpoint after which no other is tried: the mesh gives it more time, a policy
+    /// that says how long says so of every endpoint.
+    #[must_use]
+    pub fn last_connect_limit(&self, config: &MeshConfig) -> Duration {
+        let own = self.streams.connect;
+        own.unwrap_or_else(|| config.last_connect_limit())
+    }
+
     /// Whether this request may get a fault.
     #[must_use]
     pub fn faults_apply_to(&self, head: &Parts) -> bool {

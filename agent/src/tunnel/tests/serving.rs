@@ -1,5 +1,7 @@
 //! What a server answers to whom.
 
+use std::time::Instant;
+
 use h2::client::SendRequest;
 use http::{Method, Request, StatusCode};
 use rustls::pki_types::ServerName;
@@ -162,7 +164,7 @@ async fn the_handler_learns_who_asks_from_the_certificate_and_the_rest_as_hearsa
         authority: app(),
         forwarded: Some((source, Some("web.shop.svc".into()))),
         baggage: Some("identity=spiffe://cluster.local/ns/root/sa/root".into()),
-        traceparent: None,
+        ..ConnectRequest::new(app())
     };
     let certificate = client.certificate.lock().clone();
     let dial = || async { Ok(pod.dial()) };
@@ -246,6 +248,7 @@ async fn a_rapid_reset_is_cut_off() {
     );
     let certificate = mesh.certificate(CLIENT);
     let mut requests = raw(&pod, &certificate).await;
+    let began = Instant::now();
     let flood = async {
         for _ in 0..100_000 {
             requests = requests.clone().ready().await?;
@@ -259,7 +262,10 @@ async fn a_rapid_reset_is_cut_off() {
     assert!(within(flood).await.is_err(), "100,000 resets went through");
     let served = pod.serving.lock().pop().unwrap();
     assert!(within(served).await.unwrap().is_err());
-    assert!(handled.load(Ordering::SeqCst) < 2_000);
+    // What is forgiven at once and by the second, and what was under way: a busy machine takes its seconds.
+    let most = 1_500.0 + 256.0 * began.elapsed().as_secs_f64();
+    let handled = u32::try_from(handled.load(Ordering::SeqCst)).unwrap();
+    assert!(f64::from(handled) < most, "{handled} of {most}");
 }
 
 #[tokio::test]

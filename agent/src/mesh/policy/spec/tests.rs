@@ -394,6 +394,11 @@ fn who_says_nothing_of_connecting_gets_the_time_of_the_mesh() {
     };
     let silent = policy(json!({"timeouts": {"attempt": "3s"}}));
     assert_eq!(silent.connect_limit(&config), config.connect_timeout);
+    assert_eq!(
+        silent.last_connect_limit(&config),
+        config.last_connect_timeout
+    );
     let own = policy(json!({"timeouts": {"connect": "2s"}}));
     assert_eq!(own.connect_limit(&config), Duration::from_secs(2));
+    assert_eq!(own.last_connect_limit(&config), Duration::from_secs(2));
 }
