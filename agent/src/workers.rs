@@ -8,6 +8,8 @@
 //!
 //! The price is that no worker helps out another. What makes up for it is to whom connections are given, see [`Spread`].
 
+mod brief;
+
 use std::cell::Cell;
 use std::convert::Infallible;
 use std::future::Future;
@@ -22,8 +24,11 @@ use parking_lot::Mutex;
 use serde::Serialize;
 use tokio::runtime::{Builder, Handle};
 use tokio::task::JoinHandle;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
+use self::brief::{Briefs, Pressure};
+use crate::fairness::{Clock, MachineClock};
 use crate::telemetry::{Labelled, Telemetry};
 
 thread_local! {
@@ -111,14 +116,20 @@ impl Workers {
     }
 
     /// A way to give the connections of one listener to the workers. Its home, where it is best accepted, is each
-    /// worker in turn.
+    /// worker in turn, and after each round the next one begins: pods have the same number of listeners, of which
+    /// the same one is busy.
     #[must_use]
     pub fn spread(self: &Arc<Self>) -> Spread {
-        Spread {
-            home: self.next.fetch_add(1, Ordering::Relaxed) % self.each.len(),
+        let (turn, count) = (self.next.fetch_add(1, Ordering::Relaxed), self.each.len());
+        let now = Instant::now();
+        Spread(Arc::new(Shared {
+            home: (turn + turn / count) % count,
             live: self.each.iter().map(|_| AtomicUsize::new(0)).collect(),
+            briefs: Briefs::new(now),
+            pressure: Pressure::new(now),
+            clock: MachineClock::default(),
             workers: self.clone(),
-        }
+        }))
     }
 
     /// Drops whatever the workers still do, which resets the connections that are left, and waits for their
@@ -168,42 +179,59 @@ impl Drop for Workers {
     }
 }
 
+/// How many connections more than any other worker the home has of a listener whose connections are brief: those
+/// among them that are not, which nobody can tell, are spread unevenly by no more.
+const BRIEF_AHEAD: usize = 32;
+
 /// Gives the connections of one listener to the workers: each to the one that has the fewest of this
 /// listener's, of such the one that has the fewest of all, of such the listener's home.
 ///
 /// How busy a connection will be is not known when it is accepted. Counted by listener, two busy connections of one
 /// pod are on two workers whatever the others have, and a client that makes one connection after the other stays on
 /// one worker, with one tunnel.
+///
+/// Where connections come and go, to give one away costs more than to serve it costs elsewhere: another thread is
+/// woken for it, and its frames go out alone on that worker's own tunnel. So, while those that ended lately were all
+/// brief, they stay at home, unless its thread has no time left.
 #[derive(Debug)]
-pub struct Spread {
+pub struct Spread(Arc<Shared>);
+
+#[derive(Debug)]
+struct Shared {
     workers: Arc<Workers>,
     home: usize,
     /// Connections of this listener now, by worker.
-    live: Arc<[AtomicUsize]>,
+    live: Box<[AtomicUsize]>,
+    briefs: Briefs,
+    pressure: Pressure,
+    clock: MachineClock,
 }
 
 impl Spread {
     /// The runtime of the worker that is to accept.
     #[must_use]
     pub fn home(&self) -> &Handle {
-        &self.workers.each[self.home].runtime
+        &self.0.workers.each[self.0.home].runtime
     }
 
     /// Runs what serves a connection on one of the workers. It counts until the task has ended, panicked or been
-    /// dropped with its worker.
+    /// dropped with its worker. To be called at home.
     pub fn spawn<F>(&self, task: F) -> JoinHandle<F::Output>
     where
         F: Future<Output: Send> + Send + 'static,
     {
-        let seat = self.seat();
+        let now = Instant::now();
+        let seat = Seat::take(&self.0, self.0.choose(now), now);
         let runtime = seat.worker().runtime.clone();
         runtime.spawn(async move {
             let _seat = seat;
             task.await
         })
     }
+}
 
-    fn seat(&self) -> Seat {
+impl Shared {
+    fn choose(&self, now: Instant) -> usize {
         let count = self.workers.each.len();
         let load = |at: &usize| {
             let own = self.live[*at].load(Ordering::Relaxed);
@@ -211,40 +239,50 @@ impl Spread {
         };
         let from_home = (0..count).map(|distance| (self.home + distance) % count);
         // The first of those that are alike.
-        let at = from_home.min_by_key(load).unwrap_or(self.home);
-        Seat::take(self, at)
+        let least = from_home.min_by_key(load).unwrap_or(self.home);
+        if least == self.home || !self.briefs.expected(now) {
+            return least;
+        }
+        let ahead = load(&self.home).0.saturating_sub(load(&least).0);
+        match ahead < BRIEF_AHEAD && !self.pressure.is_full(now, || self.clock.used()) {
+            true => self.home,
+            false => least,
+        }
     }
 }
 
 /// A connection's place on a worker, given back when dropped.
 struct Seat {
-    workers: Arc<Workers>,
-    live: Arc<[AtomicUsize]>,
+    shared: Arc<Shared>,
     at: usize,
+    since: Instant,
 }
 
 impl Seat {
-    fn take(spread: &Spread, at: usize) -> Self {
+    fn take(shared: &Arc<Shared>, at: usize, now: Instant) -> Self {
         let seat = Self {
-            workers: spread.workers.clone(),
-            live: spread.live.clone(),
+            shared: shared.clone(),
             at,
+            since: now,
         };
-        seat.live[at].fetch_add(1, Ordering::Relaxed);
+        shared.live[at].fetch_add(1, Ordering::Relaxed);
         seat.worker().live.fetch_add(1, Ordering::Relaxed);
         seat.worker().given.fetch_add(1, Ordering::Relaxed);
         seat
     }
 
     fn worker(&self) -> &Worker {
-        &self.workers.each[self.at]
+        &self.shared.workers.each[self.at]
     }
 }
 
 impl Drop for Seat {
     fn drop(&mut self) {
-        self.live[self.at].fetch_sub(1, Ordering::Relaxed);
+        self.shared.live[self.at].fetch_sub(1, Ordering::Relaxed);
         self.worker().live.fetch_sub(1, Ordering::Relaxed);
+        let now = Instant::now();
+        let lasted = now.saturating_duration_since(self.since);
+        self.shared.briefs.ended(lasted, now);
     }
 }
 
@@ -302,6 +340,45 @@ mod tests {
         }
         assert_eq!(live(&workers), [0, 0, 0]);
         assert_eq!(workers.each[1].given.load(Ordering::Relaxed), 10);
+    }
+
+    #[test]
+    fn brief_connections_stay_at_home_while_it_can_carry_them() {
+        let workers = Workers::start(2).unwrap();
+        let spread = workers.spread();
+        let shared = &spread.0;
+        let now = Instant::now();
+        let mut seats = Vec::new();
+        let mut seat = |now| {
+            seats.push(Seat::take(shared, shared.choose(now), now));
+            seats.last().map(|seat| seat.at).unwrap()
+        };
+        assert_eq!([seat(now), seat(now)], [0, 1], "nothing is known of them");
+        while !shared.briefs.expected(now) {
+            shared.briefs.ended(Duration::ZERO, now);
+        }
+        for _ in 0..BRIEF_AHEAD {
+            assert_eq!(seat(now), 0);
+        }
+        assert_eq!(seat(now), 1, "they may be other than those before");
+        assert_eq!(seat(now), 0);
+        let later = now + Duration::from_millis(10);
+        let busy = || Duration::from_secs(10);
+        assert!(shared.pressure.is_full(later, busy));
+        assert_eq!([seat(later), seat(later)], [1, 1], "no time is left there");
+    }
+
+    #[test]
+    fn the_same_listener_of_each_pod_is_at_home_on_all_workers() {
+        let workers = Workers::start(2).unwrap();
+        for listeners in [3, 6] {
+            let all = (0..8).map(|_| (0..listeners).map(|_| workers.spread().0.home).collect());
+            let homes: Vec<Vec<usize>> = all.collect();
+            for listener in 0..listeners {
+                let at_first = homes.iter().filter(|pod| pod[listener] == 0).count();
+                assert_eq!(at_first, 4, "{homes:?}");
+            }
+        }
     }
 
     #[tokio::test]

@@ -55,6 +55,7 @@ pub(super) async fn pump(
     sink: &TcpStream,
     count: &AtomicU64,
 ) -> Result<(), Broken> {
+    let mut sink_is = Sink::Unasked;
     loop {
         source.readable().await.map_err(|_| Broken::Source)?;
         let Ok(pipe) = Pipe::take() else {
@@ -62,7 +63,7 @@ pub(super) async fn pump(
             return buffers::pump(source, sink, count).await;
         };
         // A pipe with bytes in it is dropped with the error, never given back.
-        let turn = move_available(source, sink, &pipe, count).await?;
+        let turn = move_available(source, sink, &mut sink_is, &pipe, count).await?;
         pipe.give_back();
         if turn == Turn::End {
             return end(sink);
@@ -83,9 +84,20 @@ enum Turn {
     End,
 }
 
+/// What is known of a sink when its first bytes have come.
+#[derive(PartialEq, Eq)]
+enum Sink {
+    /// Nothing: it may have been connected just now, and the reactor has not told of it yet. Its first bytes are
+    /// written all the same.
+    Unasked,
+    /// Whatever the reactor tells.
+    Asked,
+}
+
 async fn move_available(
     source: &TcpStream,
     sink: &TcpStream,
+    sink_is: &mut Sink,
     pipe: &Pipe,
     count: &AtomicU64,
 ) -> Result<Turn, Broken> {
@@ -101,11 +113,19 @@ async fn move_available(
         };
         let mut left = filled;
         while left > 0 {
-            let drain = || Ok(splice(&pipe.read, None, sink, None, left, flags)?);
-            let drained = tokio::select! {
-                biased;
-                drained = sink.async_io(Interest::WRITABLE, drain) => drained,
-                () = failed(source) => return Err(Broken::Source),
+            let drain =
+                || -> io::Result<usize> { Ok(splice(&pipe.read, None, sink, None, left, flags)?) };
+            let at_once = match std::mem::replace(sink_is, Sink::Asked) {
+                Sink::Unasked => drain(),
+                Sink::Asked => Err(io::ErrorKind::WouldBlock.into()),
+            };
+            let drained = match at_once {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => tokio::select! {
+                    biased;
+                    drained = sink.async_io(Interest::WRITABLE, drain) => drained,
+                    () = failed(source) => return Err(Broken::Source),
+                },
+                drained => drained,
             };
             match drained {
                 Ok(0) => return Err(Broken::Sink),

@@ -65,7 +65,10 @@ impl ConnectRequest {
                 client: *client,
                 host: host.clone(),
             };
-            if let Ok(value) = HeaderValue::try_from(forwarded.to_text()) {
+            if let Ok(mut value) = HeaderValue::try_from(forwarded.to_text()) {
+                // No two are alike: in HPACK's table (RFC 7541 section 6.2.3 keeps it out) it would only
+                // drive out what is.
+                value.set_sensitive(true);
                 headers.insert(FORWARDED, value);
             }
         }
@@ -238,6 +241,7 @@ mod tests {
             };
             let http = request.to_http().unwrap();
             assert_eq!(http.uri().to_string(), "10.0.0.1:8080");
+            assert!(http.headers()[FORWARDED].is_sensitive(), "never indexed");
             let read = Hearsay::read(http.headers());
             let forwarded = read.forwarded.unwrap();
             assert_eq!(Some((forwarded.client, forwarded.host)), request.forwarded);

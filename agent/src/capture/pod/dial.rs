@@ -151,7 +151,11 @@ impl EnrolledPod {
         let failed = |error| dial_error(destination, error);
         sockets::bind_own(&socket, own, destination).map_err(failed)?;
         self.start(&socket, destination, intent)?;
-        established(socket).await.map_err(failed)
+        let at_once = match intent {
+            Intent::Own => AtOnce::No,
+            Intent::Admitted => answered(&socket, destination)?,
+        };
+        established(socket, at_once).await.map_err(failed)
     }
 
     /// The handshake is done, but with whom? The kernel side of the right pod noted that it let the SYN
@@ -213,7 +217,8 @@ impl EnrolledPod {
                 }
                 Err(error) => return Err(error),
             }
-            let answer = established(socket);
+            let at_once = answered(&socket, destination)?;
+            let answer = established(socket, at_once);
             let answer = if unanswered < UNANSWERED_TRIES {
                 match timeout(UNANSWERED, answer).await {
                     Ok(answer) => answer,
@@ -288,8 +293,32 @@ impl EnrolledPod {
     }
 }
 
-async fn established(socket: Socket) -> io::Result<TcpStream> {
+/// Whether a connection was established by the time that connect(2) had sent its SYN.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum AtOnce {
+    Yes,
+    No,
+}
+
+/// Asks whether a connection to a socket of this machine is established already, as it mostly is: the SYN and its
+/// answer pass through the kernel before connect(2) returns. Then nobody needs to wait to be told. A second
+/// connect(2) says so (`__inet_stream_connect`, connect(2) under EALREADY), and runs no hook again.
+fn answered(socket: &Socket, destination: SocketAddr) -> Result<AtOnce, DialError> {
+    match socket.connect(&destination.into()) {
+        Ok(()) => Ok(AtOnce::Yes),
+        Err(error) => match error.raw_os_error() {
+            Some(libc::EISCONN) => Ok(AtOnce::Yes),
+            Some(libc::EALREADY | libc::EINPROGRESS) => Ok(AtOnce::No),
+            _ => Err(dial_error(destination, error)),
+        },
+    }
+}
+
+async fn established(socket: Socket, at_once: AtOnce) -> io::Result<TcpStream> {
     let stream = TcpStream::from_std(socket.into())?;
+    if at_once == AtOnce::Yes {
+        return Ok(stream);
+    }
     stream.writable().await?;
     match stream.take_error()? {
         Some(error) => Err(error),
@@ -314,7 +343,78 @@ fn dial_error(destination: SocketAddr, source: io::Error) -> DialError {
 
 #[cfg(test)]
 mod tests {
+    use std::net::Ipv4Addr;
+    use std::time::Instant as Moment;
+
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
     use super::*;
+    use crate::capture::kernel::Family;
+
+    fn listener(backlog: i32) -> (Socket, SocketAddr) {
+        let listener = sockets::new_socket(Family::V4).unwrap();
+        let address = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
+        listener.bind(&address.into()).unwrap();
+        listener.listen(backlog).unwrap();
+        let address = listener.local_addr().unwrap().as_socket().unwrap();
+        (listener, address)
+    }
+
+    /// A socket of which connect(2) has sent the SYN.
+    fn begun(to: SocketAddr) -> Socket {
+        let socket = sockets::new_socket(Family::V4).unwrap();
+        let error = socket.connect(&to.into()).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::EINPROGRESS));
+        socket
+    }
+
+    /// What becomes of it: a busy machine may take a moment even for itself.
+    fn answer(socket: &Socket, to: SocketAddr) -> Result<AtOnce, DialError> {
+        let deadline = Moment::now() + Duration::from_secs(10);
+        loop {
+            match answered(socket, to) {
+                Ok(AtOnce::No) if Moment::now() < deadline => std::thread::yield_now(),
+                answer => return answer,
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn a_connection_that_was_answered_carries_bytes_without_being_waited_for() {
+        let (listener, to) = listener(1);
+        let socket = begun(to);
+        assert_eq!(answer(&socket, to).unwrap(), AtOnce::Yes);
+        let mut near = established(socket, AtOnce::Yes).await.unwrap();
+        let (far, _) = listener.accept().unwrap();
+        far.set_nonblocking(true).unwrap();
+        let mut far = TcpStream::from_std(far.into()).unwrap();
+        near.write_all(b"there").await.unwrap();
+        far.write_all(b"back!").await.unwrap();
+        for stream in [&mut near, &mut far] {
+            stream.read_exact(&mut [0; 5]).await.unwrap();
+        }
+    }
+
+    #[test]
+    fn a_refusal_is_known_as_one() {
+        let (listener, to) = listener(1);
+        drop(listener);
+        let error = answer(&begun(to), to).unwrap_err();
+        assert!(
+            matches!(error, DialError::Refused(at) if at == to),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn a_connection_that_nobody_answers_yet_is_waited_for() {
+        let (_listener, to) = listener(0);
+        // A queue of 0 takes one; the next one's SYN is dropped, and comes again in a second.
+        let queued = begun(to);
+        assert_eq!(answer(&queued, to).unwrap(), AtOnce::Yes);
+        let unanswered = begun(to);
+        assert_eq!(answered(&unanswered, to).unwrap(), AtOnce::No);
+    }
 
     #[test]
     fn each_errno_has_its_meaning() {
