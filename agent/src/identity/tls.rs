@@ -188,6 +188,8 @@ impl MeshTls {
         config.session_storage = Arc::new(NoServerSessionStorage {});
         config.send_tls13_tickets = 0;
         config.max_early_data_size = 0;
+        // For tunnels, which open and seal records themselves.
+        config.enable_secret_extraction = true;
         Ok(config)
     }
 
@@ -205,6 +207,8 @@ impl MeshTls {
         config.enable_sni = false;
         config.enable_early_data = false;
         config.resumption = Resumption::disabled();
+        // As for connections that arrive.
+        config.enable_secret_extraction = true;
         Ok(config)
     }
 }

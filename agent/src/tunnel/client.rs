@@ -9,12 +9,10 @@ use bytes::Bytes;
 use h2::client::{Connection, SendRequest};
 use http::StatusCode;
 use parking_lot::Mutex;
-use rustls::ClientConfig;
 use rustls::pki_types::ServerName;
+use rustls::{ClientConfig, CommonState};
 use tokio::sync::Notify;
 use tokio::time::{Instant, timeout, timeout_at};
-use tokio_rustls::TlsConnector;
-use tokio_rustls::client::TlsStream;
 use tokio_util::sync::CancellationToken;
 
 use super::error::{Stage, StreamReset, TunnelError};
@@ -24,6 +22,7 @@ use super::liveness::{Liveness, Transport, Watched, silence};
 use super::peer::proven;
 use super::pool::{TunnelKey, Tunnelled};
 use super::stream::{Stalled, halves};
+use super::tls::{self, TlsStream};
 use crate::identity::WorkloadCertificate;
 use crate::mesh::SpiffeId;
 
@@ -118,12 +117,12 @@ pub(super) async fn establish<T: Transport>(
     let liveness = Liveness::new();
     let io = Watched::new(transport, liveness.clone());
     let shake = async {
-        let mut tls = TlsConnector::from(certificate.client.clone())
-            .connect(ServerName::IpAddress(address.ip().into()), io)
-            .await
-            .map_err(|error| TunnelError::tls(address, error))?;
-        let peer = identify(key, &tls)?;
-        tls.get_mut().1.set_buffer_limit(Some(limits::TLS_BUFFER));
+        let name = ServerName::IpAddress(address.ip().into());
+        let failed = |error| TunnelError::tls(address, error);
+        let shaken = tls::connect(certificate.client.clone(), name, io).await;
+        let shaken = shaken.map_err(failed)?;
+        let peer = identify(key, shaken.session())?;
+        let tls = shaken.into_stream().map_err(failed)?;
         let (requests, connection) = limits::client()
             .handshake::<_, Bytes>(tls)
             .await
@@ -162,12 +161,9 @@ pub(super) async fn establish<T: Transport>(
     Ok(Established { tunnel, connection })
 }
 
-fn identify<T: Transport>(
-    key: &TunnelKey,
-    tls: &TlsStream<Watched<T>>,
-) -> Result<SpiffeId, TunnelError> {
+fn identify(key: &TunnelKey, session: &CommonState) -> Result<SpiffeId, TunnelError> {
     let address = key.address;
-    let peer = proven(tls.get_ref().1, address)?;
+    let peer = proven(session, address)?;
     if !key.destinations.contains(&peer) {
         return Err(TunnelError::PeerIdentity {
             address,

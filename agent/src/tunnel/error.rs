@@ -158,7 +158,7 @@ impl fmt::Display for Expected<'_> {
 impl TunnelError {
     pub(super) fn broken(address: SocketAddr, error: h2::Error) -> Self {
         match error.get_io() {
-            // tokio-rustls reports an alert as InvalidData; so the peer's verdict on our
+            // An alert is reported as InvalidData; so the peer's verdict on our
             // certificate, which comes after our side of the handshake, keeps its name.
             Some(io) if io.kind() == io::ErrorKind::InvalidData => Self::Tls {
                 address,

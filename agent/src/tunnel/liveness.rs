@@ -13,8 +13,6 @@ use tokio::net::TcpStream;
 use tokio::sync::Notify;
 use tokio::time::{Instant, sleep_until, timeout_at};
 
-use super::ahead::ReadAhead;
-
 /// What a tunnel runs over.
 pub trait Transport: AsyncRead + AsyncWrite + Unpin + Send + 'static {
     /// Called once before use: the end of a tunnel's socket carries no meaning, since its
@@ -97,18 +95,13 @@ impl Liveness {
 /// A transport that notes each sign of life.
 pub(super) struct Watched<T: Transport> {
     inner: T,
-    ahead: ReadAhead,
     liveness: Arc<Liveness>,
 }
 
 impl<T: Transport> Watched<T> {
     pub(super) fn new(inner: T, liveness: Arc<Liveness>) -> Self {
         inner.prepare();
-        Self {
-            inner,
-            ahead: ReadAhead::default(),
-            liveness,
-        }
+        Self { inner, liveness }
     }
 }
 
@@ -127,7 +120,9 @@ impl<T: Transport> AsyncRead for Watched<T> {
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
         let this = self.get_mut();
-        if ready!(this.ahead.poll_read(&mut this.inner, cx, buffer))? {
+        let before = buffer.filled().len();
+        ready!(Pin::new(&mut this.inner).poll_read(cx, buffer))?;
+        if buffer.filled().len() > before {
             this.liveness.note();
         }
         Poll::Ready(Ok(()))

@@ -10,7 +10,6 @@
 //! - A stream that nobody reads holds no more than its window, and no window but its own.
 //! - The peer's identity comes from its certificate, never from a header.
 
-mod ahead;
 mod client;
 mod error;
 mod headers;
@@ -22,6 +21,7 @@ mod pool;
 mod server;
 mod status;
 mod stream;
+mod tls;
 
 pub use error::{Refusal, ResetBy, ResetReason, Stage, StreamReset, TunnelError};
 pub use headers::{ConnectRequest, Forwarded};

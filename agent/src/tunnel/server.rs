@@ -15,8 +15,6 @@ use parking_lot::Mutex;
 use tokio::net::TcpStream;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::{Instant, sleep_until, timeout};
-use tokio_rustls::TlsAcceptor;
-use tokio_rustls::server::TlsStream;
 use tokio_util::sync::CancellationToken;
 
 use super::error::{Refusal, Stage, StreamReset, TunnelError};
@@ -25,6 +23,7 @@ use super::limits::{self, Limits, MAX_STREAMS};
 use super::liveness::{Liveness, Transport, Watched, silence};
 use super::peer::proven;
 use super::stream::{Stalled, TunnelReceive, TunnelSend, halves};
+use super::tls::{self, TlsStream};
 use crate::fairness;
 use crate::identity::WorkloadCertificate;
 use crate::mesh::SpiffeId;
@@ -148,12 +147,11 @@ async fn handshake<T: Transport>(
     certificate: &WorkloadCertificate,
     address: SocketAddr,
 ) -> Result<(SpiffeId, Connection<TlsStream<Watched<T>>, Bytes>), TunnelError> {
-    let mut tls = TlsAcceptor::from(certificate.server.clone())
-        .accept(io)
-        .await
-        .map_err(|error| TunnelError::tls(address, error))?;
-    let peer = proven(tls.get_ref().1, address)?;
-    tls.get_mut().1.set_buffer_limit(Some(limits::TLS_BUFFER));
+    let failed = |error| TunnelError::tls(address, error);
+    let shaken = tls::accept(certificate.server.clone(), io).await;
+    let shaken = shaken.map_err(failed)?;
+    let peer = proven(shaken.session(), address)?;
+    let tls = shaken.into_stream().map_err(failed)?;
     let connection = limits::server()
         .handshake(tls)
         .await

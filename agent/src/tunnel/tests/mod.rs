@@ -28,20 +28,20 @@ use super::*;
 use crate::identity::{Roots, WorkloadCertificate};
 use crate::mesh::SpiffeId;
 
-const CLIENT: &str = "spiffe://cluster.local/ns/shop/sa/client";
-const SERVER: &str = "spiffe://cluster.local/ns/shop/sa/server";
+pub(super) const CLIENT: &str = "spiffe://cluster.local/ns/shop/sa/client";
+pub(super) const SERVER: &str = "spiffe://cluster.local/ns/shop/sa/server";
 const POD: &str = "10.0.0.1:15008";
 const APP: &str = "10.0.0.1:8080";
 const FAR: Duration = Duration::from_secs(20);
 
 /// A CA of its own.
-struct Mesh {
+pub(super) struct Mesh {
     authority: CertifiedIssuer<'static, KeyPair>,
     roots: Roots,
 }
 
 impl Mesh {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         let mut params = CertificateParams::default();
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
         let authority = CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap();
@@ -49,7 +49,7 @@ impl Mesh {
         Self { authority, roots }
     }
 
-    fn certificate(&self, id: &str) -> Arc<WorkloadCertificate> {
+    pub(super) fn certificate(&self, id: &str) -> Arc<WorkloadCertificate> {
         self.certificate_until(id, Duration::from_secs(3600))
     }
 
@@ -243,7 +243,7 @@ async fn eventually(mut condition: impl FnMut() -> bool) {
     within(wait).await;
 }
 
-async fn within<T>(future: impl Future<Output = T>) -> T {
+pub(super) async fn within<T>(future: impl Future<Output = T>) -> T {
     tokio::time::timeout(FAR, future).await.unwrap()
 }
 
