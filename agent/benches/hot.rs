@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
+use bytes::Bytes;
 use criterion::{Criterion, Throughput};
 use rand::SeedableRng;
 use rand::rngs::SmallRng;
@@ -28,6 +29,11 @@ use undermesh::resilience::{Breaker, BreakerSettings, BudgetSettings, Member, Ou
 use undermesh::telemetry::{
     ByteCount, ConnectionInfo, Direction, End, LogFormat, Logging, Party, Security, Telemetry,
 };
+use undermesh::tunnel::MAX_CHUNK;
+
+mod tunnelled;
+
+use tunnelled::Echoed;
 
 const PODS: u32 = 1_000;
 const SERVICES: u32 = 100;
@@ -217,6 +223,28 @@ fn relay(criterion: &mut Criterion) -> Result<()> {
     failed.map_or(Ok(()), Err)
 }
 
+/// A frame that is no larger than one read, and one that fills a tunnel's largest chunk.
+fn frame(criterion: &mut Criterion) -> Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
+    let mut echoed = runtime.block_on(Echoed::start())?;
+    let mut group = criterion.benchmark_group("frame");
+    let mut failed = None;
+    for size in [64, MAX_CHUNK] {
+        let frame = Bytes::from(vec![7; size]);
+        group.throughput(Throughput::Bytes(size as u64));
+        group.bench_function(format!("{size} bytes there and back"), |bencher| {
+            bencher.iter(|| {
+                let carried = runtime.block_on(echoed.there_and_back(frame.clone()));
+                failed = carried.err().or(failed.take());
+            });
+        });
+    }
+    group.finish();
+    failed.map_or(Ok(()), Err)
+}
+
 /// Does one of them so often. A log line is written for each connection where that is asked for.
 fn count(name: &str, times: u64) -> Result<()> {
     let repeat = |mut once: Box<dyn FnMut()>| (0..times).for_each(|_| once());
@@ -250,6 +278,7 @@ fn main() -> Result<()> {
     criterion.bench_function("decision", |bencher| bencher.iter(&mut decision));
     criterion.bench_function("connection", |bencher| bencher.iter(&mut connection));
     relay(&mut criterion)?;
+    frame(&mut criterion)?;
     criterion.final_summary();
     Ok(())
 }

@@ -35,6 +35,7 @@ use crate::workers::Workers;
 mod dispatch;
 mod metrics;
 mod succession;
+mod trim;
 mod views;
 
 use self::dispatch::Dispatch;
@@ -190,6 +191,7 @@ pub async fn run(
             Fairness::start(MachineClock::default(), background.clone())
         })
         .collect();
+    let trimmed = workers.clone();
     let pool = Pool::new(PoolOptions::default());
     let leaving = stop.child_token();
     let breakers = BreakerWatch::new();
@@ -251,6 +253,7 @@ pub async fn run(
     // Only this place sets it.
     let _ = dispatch.capture.set(Arc::downgrade(&capture));
 
+    tokio::spawn(trim::run(trimmed, telemetry.clone(), background.clone()));
     tokio::spawn(housekeep(
         telemetry.clone(),
         snapshot.clone(),

@@ -14,13 +14,16 @@ use std::cell::Cell;
 use std::convert::Infallible;
 use std::future::Future;
 use std::io;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::task::{Context, Poll};
 use std::thread;
 use std::time::Duration;
 
 use parking_lot::Mutex;
+use pin_project_lite::pin_project;
 use serde::Serialize;
 use tokio::runtime::{Builder, Handle};
 use tokio::task::JoinHandle;
@@ -141,6 +144,13 @@ impl Workers {
         }
     }
 
+    /// For how long they have not been waiting for something to do, all together.
+    #[must_use]
+    pub fn busy(&self) -> Duration {
+        let busy = |worker: &Worker| worker.runtime.metrics().worker_total_busy_duration(0);
+        self.each.iter().map(busy).sum()
+    }
+
     /// What the workers do, for `/metrics`.
     pub fn report(self: &Arc<Self>, telemetry: &Telemetry) {
         let workers = self.clone();
@@ -223,10 +233,7 @@ impl Spread {
         let now = Instant::now();
         let seat = Seat::take(&self.0, self.0.choose(now), now);
         let runtime = seat.worker().runtime.clone();
-        runtime.spawn(async move {
-            let _seat = seat;
-            task.await
-        })
+        runtime.spawn(Seated { task, _seat: seat })
     }
 }
 
@@ -248,6 +255,23 @@ impl Shared {
             true => self.home,
             false => least,
         }
+    }
+}
+
+pin_project! {
+    /// What serves a connection, and its place. An async block would hold the task twice, for as long as it runs.
+    struct Seated<F> {
+        #[pin]
+        task: F,
+        _seat: Seat,
+    }
+}
+
+impl<F: Future> Future for Seated<F> {
+    type Output = F::Output;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<F::Output> {
+        self.project().task.poll(cx)
     }
 }
 

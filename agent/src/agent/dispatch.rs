@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, OnceLock, Weak};
 
-use crate::capture::{Accepted, Capture, EnrolledPod, Handler, Role, Task};
+use crate::capture::{Accepted, Capture, EnrolledPod, Handler, Role, Task, in_parts};
 use crate::fairness::{self, Fairness, Payer, Turns};
 use crate::inbound::Inbound;
 use crate::outbound::Outbound;
@@ -48,18 +48,15 @@ impl Handler for Dispatch {
         match accepted.role {
             Role::Outbound => {
                 let outbound = self.outbound.clone();
-                let capture = self.capture.get().and_then(Weak::upgrade);
-                Box::pin(self.turns(payer, async move {
-                    if let Some(capture) = capture {
-                        outbound.serve(accepted, capture).await;
-                    }
-                }))
+                let Some(capture) = self.capture.get().and_then(Weak::upgrade) else {
+                    return Box::pin(std::future::ready(()));
+                };
+                let setup = Box::pin(outbound.serve(accepted, capture));
+                Box::pin(self.turns(payer, in_parts(setup)))
             }
             Role::Inbound => {
-                let inbound = self.inbound.clone();
-                Box::pin(self.turns(payer, async move {
-                    inbound.serve_plaintext(accepted).await;
-                }))
+                let setup = Box::pin(self.inbound.clone().serve_plaintext(accepted));
+                Box::pin(self.turns(payer, in_parts(setup)))
             }
             Role::Hbone => {
                 let tunnel = self.inbound.clone().serve_tunnel(accepted);

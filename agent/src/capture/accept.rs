@@ -97,6 +97,18 @@ pub trait Handler: Send + Sync + 'static {
 /// What runs on a worker.
 pub type Task = Pin<Box<dyn Future<Output = ()> + Send>>;
 
+/// What sets a connection up. It ends with what serves it from then on, or with nothing if it has ended already.
+pub type Setup = Pin<Box<dyn Future<Output = Option<Task>> + Send>>;
+
+/// A connection in two parts: to set it up takes several times the memory that it takes to serve it, and it idles for
+/// much longer than it is set up. So the first part is gone when the second begins.
+pub async fn in_parts(setup: Setup) {
+    let serving = setup.await;
+    if let Some(serving) = serving {
+        serving.await;
+    }
+}
+
 /// Why a connection does not belong to the listener that it came out of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
 pub enum RoleFault {
@@ -322,6 +334,25 @@ mod tests {
             local.parse().unwrap(),
             own,
         )
+    }
+
+    #[tokio::test]
+    async fn what_set_a_connection_up_is_gone_when_it_is_served() {
+        let set_up = Arc::new(());
+        let held = Arc::downgrade(&set_up);
+        let setup: Setup = Box::pin(async move {
+            let _set_up = set_up;
+            tokio::task::yield_now().await;
+            let serving: Task = Box::pin(async move {
+                tokio::task::yield_now().await;
+                assert_eq!(held.strong_count(), 0);
+            });
+            Some(serving)
+        });
+        let both = in_parts(setup);
+        assert!(size_of_val(&both) <= 64, "{} bytes", size_of_val(&both));
+        both.await;
+        in_parts(Box::pin(std::future::ready(None))).await;
     }
 
     #[test]

@@ -9,11 +9,10 @@ use std::time::Duration;
 use parking_lot::Mutex;
 use serde::Serialize;
 use tokio::task::spawn_blocking;
-use tokio::time::{Instant, MissedTickBehavior, interval};
+use tokio::time::{MissedTickBehavior, interval};
 use tokio_util::sync::CancellationToken;
 
 use super::share::NodeShare;
-use super::sys;
 
 /// How often it is looked: a few small files.
 const LOOK: Duration = Duration::from_millis(250);
@@ -21,8 +20,6 @@ const LOOK: Duration = Duration::from_millis(250);
 const HIGH_WATER: u64 = 90;
 /// … and below so many they are taken again.
 const LOW_WATER: u64 = 80;
-/// After so long start is over, with all that follows it: enrolments, certificates, first tunnels.
-const STARTED: Duration = Duration::from_secs(15);
 /// Version 1 says "no limit" with the greatest number of whole pages.
 const UNLIMITED: u64 = 1 << 62;
 
@@ -169,11 +166,7 @@ pub(super) async fn follow(
 ) {
     let mut ticks = interval(LOOK);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let mut started = Some(Instant::now() + STARTED);
     while stop.run_until_cancelled(ticks.tick()).await.is_some() {
-        if started.take_if(|at| *at <= Instant::now()).is_some() {
-            forget_code().await;
-        }
         // The kernel may have to add up a large tree for it.
         let Ok(found) = spawn_blocking(|| MemoryUse::read(Path::new("/"))).await else {
             continue;
@@ -193,16 +186,6 @@ pub(super) async fn follow(
                 false => tracing::info!(used, limit, "there is memory again"),
             }
         }
-    }
-}
-
-/// What start ran of the program need not stay in memory.
-async fn forget_code() {
-    match spawn_blocking(sys::forget_code).await {
-        Ok(Ok(bytes)) => tracing::debug!(bytes, "code that start ran is forgotten"),
-        // It stays, which costs memory and nothing else.
-        Ok(Err(error)) => tracing::debug!(%error, "code that start ran stays in memory"),
-        Err(error) => tracing::debug!(%error, "code that start ran stays in memory"),
     }
 }
 

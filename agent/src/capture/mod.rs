@@ -50,7 +50,7 @@ mod task;
 #[cfg(test)]
 mod tests;
 
-pub use accept::{Accepted, Handler, Role, Task};
+pub use accept::{Accepted, Handler, Role, Setup, Task, in_parts};
 pub use backlog::Backlog;
 pub use enrol::EnrolError;
 pub use forwarding::Forwards;
@@ -64,6 +64,7 @@ pub use share::{CONNECTIONS_PER_POD, Full, Slot};
 pub use shelf::{Handed, Held};
 pub use sockets::{AdoptError, Listener, PodAddresses};
 pub use status::{Guarantee, Moment, Phase, PodStatus, Proven};
+pub use sys::forget_code;
 
 use counters::Counters;
 use enrol::{Tools, on_kernel};

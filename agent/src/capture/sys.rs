@@ -254,9 +254,9 @@ fn cookie(socket: BorrowedFd<'_>, option: libc::c_int) -> io::Result<u64> {
 /// Takes the program's own code out of the process's resident memory; what is run again comes back
 /// page by page from the page cache. Returns how many bytes were mapped as such.
 ///
-/// For the end of start: what start runs is a large part of the code and never runs again, and Linux
+/// For moments at which nothing runs: what start runs is a large part of the code and never runs again, and Linux
 /// maps with each page that is run up to fifteen others around it (`fault_around_bytes`).
-pub(super) fn forget_code() -> io::Result<usize> {
+pub fn forget_code() -> io::Result<usize> {
     let program = std::fs::read_link("/proc/self/exe")?;
     let maps = std::fs::read_to_string("/proc/self/maps")?;
     let mut forgotten = 0;

@@ -123,6 +123,17 @@ impl Upstreams {
         if !is_crowded && let Some(connection) = self.take_idle(terms) {
             return Ok((connection, self.clone()).into());
         }
+        // Boxed: it is most of what a request's future would be, and few requests come here.
+        Box::pin(self.make_h1(terms, connect)).await
+    }
+
+    /// A connection that another leaves, or a new one.
+    async fn make_h1<C, F, E>(self: &Arc<Self>, terms: &Terms<'_>, connect: C) -> Result<Lease, E>
+    where
+        C: FnOnce() -> F,
+        F: Future<Output = Result<Connected, E>>,
+        E: From<SendError>,
+    {
         let place = match self.enter(terms).await? {
             Some(Grant::Lease(lease)) => {
                 count(&self.totals.reused);
@@ -307,6 +318,20 @@ impl Upstreams {
     }
 
     async fn get_h2<C, F, E>(self: &Arc<Self>, terms: &Terms<'_>, connect: C) -> Result<Lease, E>
+    where
+        C: FnOnce() -> F,
+        F: Future<Output = Result<Connected, E>>,
+        E: From<SendError>,
+    {
+        if let Some(lease) = self.multiplex(&mut self.state.lock(), terms) {
+            return Ok(lease);
+        }
+        // Boxed, as for HTTP/1.
+        Box::pin(self.make_h2(terms, connect)).await
+    }
+
+    /// A stream of a connection that another makes, or of a new one.
+    async fn make_h2<C, F, E>(self: &Arc<Self>, terms: &Terms<'_>, connect: C) -> Result<Lease, E>
     where
         C: FnOnce() -> F,
         F: Future<Output = Result<Connected, E>>,

@@ -1,7 +1,9 @@
 //! A client and an app that have been brought together: HTTP is served request by request, and all
 //! else is relayed.
 
+use std::future::Future;
 use std::net::SocketAddr;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -11,19 +13,22 @@ use super::deliver::deliver;
 use super::http::{Redial, Stops, Visit, serve, upstreams};
 use super::recognize::{hint_for, recognize};
 use super::{Caller, Inbound};
-use crate::capture::EnrolledPod;
+use crate::capture::{EnrolledPod, Slot, Task, Tracked};
 use crate::http::{HttpIo, Wire};
-use crate::relay::{Early, Ended, Peer, relay_tcp, relay_tunnel_after};
+use crate::relay::{Early, Ended, Peer, begin_tunnel, relay_tcp, relay_tunnel};
 use crate::telemetry::{Connection, Direction, End, Party, Security};
 
 /// Who talks to whom.
-pub(super) struct Talk<'a> {
-    pub(super) pod: &'a Arc<EnrolledPod>,
+pub(super) struct Talk {
+    pub(super) pod: Arc<EnrolledPod>,
     pub(super) caller: Caller,
     pub(super) app: SocketAddr,
     pub(super) security: Security,
     /// How long connecting to the app may take.
     pub(super) limit: Duration,
+    pub(super) connection: Connection,
+    /// Its place among the connections of the pod, where nobody else keeps it.
+    pub(super) live: Option<(Tracked, Slot)>,
 }
 
 /// The way to an app, as its client.
@@ -43,14 +48,13 @@ impl Redial for ToApp {
 }
 
 impl Inbound {
-    /// Serves a client that has reached its app until both have ended.
+    /// Sees what a client says that has reached its app, and gives back what serves the two until both have ended.
     pub(super) async fn talk(
-        &self,
-        talk: Talk<'_>,
+        self: Arc<Self>,
+        talk: Talk,
         mut client: HttpIo,
         app: TcpStream,
-        connection: &Connection,
-    ) -> End {
+    ) -> Option<Task> {
         let workload = talk.pod.workload();
         let (hint, silence) = {
             let snapshot = self.snapshot.load();
@@ -59,29 +63,32 @@ impl Inbound {
         };
         let recognized = tokio::select! {
             recognized = recognize(&mut client, &app, hint, silence) => recognized,
-            () = talk.pod.gone().cancelled() => return Ended::Stopped.into(),
+            () = talk.pod.gone().cancelled() => {
+                talk.connection.close(Ended::Stopped.into());
+                return None;
+            }
         };
         match recognized {
-            Ok(Some(wire)) => self.serve_http(talk, wire, client, app, connection).await,
-            Ok(None) => relay(client, app, talk.pod, connection).await.into(),
-            Err(_) => Ended::Reset(Peer::Downstream).into(),
+            Ok(Some(wire)) => Some(Box::pin(async move {
+                self.serve_http(talk, wire, client, app).await;
+            })),
+            Ok(None) => relay(talk, client, app).await,
+            Err(_) => {
+                talk.connection.close(Ended::Reset(Peer::Downstream).into());
+                None
+            }
         }
     }
 
-    async fn serve_http(
-        &self,
-        talk: Talk<'_>,
-        wire: Wire,
-        client: HttpIo,
-        app: TcpStream,
-        connection: &Connection,
-    ) -> End {
+    async fn serve_http(&self, talk: Talk, wire: Wire, client: HttpIo, app: TcpStream) {
         let Talk {
             pod,
             caller,
             app: address,
             security,
             limit,
+            connection,
+            live: _live,
         } = talk;
         let source = match &caller.identity {
             Some(identity) => self.party(identity, caller.address),
@@ -110,26 +117,49 @@ impl Inbound {
             gone: pod.gone(),
         };
         let bytes = connection.bytes().clone();
-        match serve(&self.http, visit, wire, client, app, bytes, stops).await {
+        let end: End = match serve(&self.http, visit, wire, client, app, bytes, stops).await {
             Ok(served) => served.end.into(),
             // The app was gone before the first request.
             Err(_) => Ended::Reset(Peer::Upstream).into(),
-        }
+        };
+        connection.close(end);
     }
 }
 
-async fn relay(
-    client: HttpIo,
-    app: TcpStream,
-    pod: &EnrolledPod,
-    connection: &Connection,
-) -> Ended {
-    let counts = (&**connection.bytes()).into();
-    match client {
-        HttpIo::Socket(client) => relay_tcp(client, app, counts, pod.gone()).await,
+/// Hands over what was looked at, and gives back what moves all that follows. That is in memory for as long as the
+/// connection idles, so nothing else is in it.
+async fn relay(talk: Talk, client: HttpIo, app: TcpStream) -> Option<Task> {
+    let Talk {
+        pod,
+        connection,
+        live,
+        ..
+    } = talk;
+    let bytes = connection.bytes().clone();
+    let relay: Pin<Box<dyn Future<Output = Ended> + Send>> = match client {
+        HttpIo::Socket(client) => {
+            Box::pin(async move { relay_tcp(client, app, (&*bytes).into(), pod.gone()).await })
+        }
         HttpIo::Tunnel(client) => {
             let early = Early::default();
-            relay_tunnel_after(early, app, Peer::Upstream, client, counts, pod.gone()).await
+            let counts = (&*bytes).into();
+            let begun = begin_tunnel(early, app, Peer::Upstream, client, counts, pod.gone()).await;
+            let (app, send, receive) = match begun {
+                Ok(begun) => begun,
+                Err(ended) => {
+                    connection.close(ended.into());
+                    return None;
+                }
+            };
+            Box::pin(async move {
+                let counts = (&*bytes).into();
+                relay_tunnel(app, Peer::Upstream, send, receive, counts, pod.gone()).await
+            })
         }
-    }
+    };
+    Some(Box::pin(async move {
+        let ended = relay.await;
+        connection.close(ended.into());
+        drop(live);
+    }))
 }

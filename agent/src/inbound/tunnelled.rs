@@ -10,7 +10,7 @@ use std::time::Duration;
 use super::deliver::deliver;
 use super::talk::Talk;
 use super::{Caller, Inbound};
-use crate::capture::{Accepted, EnrolledPod};
+use crate::capture::{Accepted, EnrolledPod, Task, in_parts};
 use crate::mesh::{Mode, Snapshot, SpiffeId, authorize};
 use crate::relay::{Ended, Peer};
 use crate::telemetry::{ConnectionInfo, Direction, FailureReason, Party, Security};
@@ -100,17 +100,18 @@ fn refusal(error: &TunnelError) -> Option<FailureReason> {
 
 impl TunnelService for ToPod {
     fn connect(&self, incoming: Incoming) -> Pin<Box<dyn Future<Output = ()> + Send>> {
-        Box::pin(serve_stream(
-            self.inbound.clone(),
-            self.pod.clone(),
-            incoming,
-        ))
+        let setup = serve_stream(self.inbound.clone(), self.pod.clone(), incoming);
+        Box::pin(in_parts(Box::pin(setup)))
     }
 }
 
 /// One CONNECT: authorized from the peer's certificate before the app is dialled, and answered
-/// with 200 only once the app has accepted.
-async fn serve_stream(inbound: Arc<Inbound>, pod: Arc<EnrolledPod>, incoming: Incoming) {
+/// with 200 only once the app has accepted. What it gives back serves the connection to its end.
+async fn serve_stream(
+    inbound: Arc<Inbound>,
+    pod: Arc<EnrolledPod>,
+    incoming: Incoming,
+) -> Option<Task> {
     let workload = pod.workload();
     let app = incoming.authority;
     let connection = inbound.telemetry.open(ConnectionInfo {
@@ -121,17 +122,19 @@ async fn serve_stream(inbound: Arc<Inbound>, pod: Arc<EnrolledPod>, incoming: In
         security: Security::MutualTls,
         original_destination: app,
     });
-    let _live = match pod.admit() {
+    let live = match pod.admit() {
         Ok(live) => live,
         Err(full) => {
             incoming.refuse(Refusal::Unavailable);
-            return connection.fail(FailureReason::Overload, &full);
+            connection.fail(FailureReason::Overload, &full);
+            return None;
         }
     };
     let mode = workload.mode().unwrap_or(Mode::Permissive);
     if let Err(denied) = authorize(mode, Some(&incoming.peer)) {
         incoming.refuse(Refusal::Denied);
-        return connection.fail(FailureReason::Denied, &denied);
+        connection.fail(FailureReason::Denied, &denied);
+        return None;
     }
     // There is no other app, and whoever asks gives up when it likes.
     let limit = inbound.snapshot.load().config().last_connect_limit();
@@ -139,7 +142,8 @@ async fn serve_stream(inbound: Arc<Inbound>, pod: Arc<EnrolledPod>, incoming: In
         Ok(socket) => socket,
         Err(failure) => {
             incoming.refuse(Refusal::Unavailable);
-            return connection.fail(failure.reason, &failure.detail);
+            connection.fail(failure.reason, &failure.detail);
+            return None;
         }
     };
     let caller = Caller {
@@ -148,19 +152,23 @@ async fn serve_stream(inbound: Arc<Inbound>, pod: Arc<EnrolledPod>, incoming: In
     };
     let (send, receive) = match incoming.accept(None) {
         Ok(halves) => halves,
-        Err(_) => return connection.close(Ended::Reset(Peer::Downstream).into()),
+        Err(_) => {
+            connection.close(Ended::Reset(Peer::Downstream).into());
+            return None;
+        }
     };
     connection.established();
     let talk = Talk {
-        pod: &pod,
+        pod,
         caller,
         app,
         security: Security::MutualTls,
         limit,
+        connection,
+        live: Some(live),
     };
     let client = TunnelIo::new(send, receive).into();
-    let end = inbound.talk(talk, client, socket, &connection).await;
-    connection.close(end);
+    inbound.talk(talk, client, socket).await
 }
 
 /// The peer by its certificate. Its pod's name is taken from the address only if the pod there has

@@ -22,7 +22,7 @@ use tokio::sync::oneshot;
 use tokio::time::MissedTickBehavior;
 use tokio_util::sync::CancellationToken;
 
-use crate::capture::{Accepted, Capture, EnrolledPod};
+use crate::capture::{Accepted, Capture, EnrolledPod, Task};
 use crate::fairness::Quotas;
 use crate::http::{
     ClientView, HttpCounters, PoolLimits, Protocol, ServerContext, ServerLimits, UpstreamPool,
@@ -132,9 +132,9 @@ impl Outbound {
         }
     }
 
-    /// Serves one captured connection to its end. Whatever fails before bytes flow resets it: a
-    /// client whose connect succeeded must not take a FIN for an answer.
-    pub async fn serve(self: Arc<Self>, accepted: Accepted, capture: Arc<Capture>) {
+    /// Sets one captured connection up; what it gives back serves it to its end. Whatever fails before bytes flow
+    /// resets it: a client whose connect succeeded must not take a FIN for an answer.
+    pub async fn serve(self: Arc<Self>, accepted: Accepted, capture: Arc<Capture>) -> Option<Task> {
         let Accepted {
             pod,
             stream,
@@ -147,7 +147,8 @@ impl Outbound {
         let target = target(&snapshot, local);
         let connection = self.open(&pod, peer, local, target.as_ref(), &snapshot);
         let Some(target) = target else {
-            return connection.fail(FailureReason::NoRoute, &"not a destination of the mesh");
+            connection.fail(FailureReason::NoRoute, &"not a destination of the mesh");
+            return None;
         };
         let silence = snapshot.config().detection_timeout.unwrap_or(SILENCE);
         let protocol = tokio::select! {
@@ -162,16 +163,22 @@ impl Outbound {
             target,
             connection,
         };
-        match protocol {
-            Ok(Protocol::Http1) => self.serve_http(origin, stream, Wire::Http1).await,
-            Ok(Protocol::Http2) => self.serve_http(origin, stream, Wire::Http2).await,
-            Ok(Protocol::Tls { sni }) => {
-                self.serve_opaque(origin, snapshot, stream, sni.as_deref())
-                    .await;
+        let sni = match protocol {
+            Ok(Protocol::Http1) => {
+                return Some(Box::pin(self.serve_http(origin, stream, Wire::Http1)));
             }
-            Ok(Protocol::Opaque) => self.serve_opaque(origin, snapshot, stream, None).await,
-            Err(_) => origin.connection.close(End::Reset { by: Side::Source }),
-        }
+            Ok(Protocol::Http2) => {
+                return Some(Box::pin(self.serve_http(origin, stream, Wire::Http2)));
+            }
+            Ok(Protocol::Tls { sni }) => sni,
+            Ok(Protocol::Opaque) => None,
+            Err(_) => {
+                origin.connection.close(End::Reset { by: Side::Source });
+                return None;
+            }
+        };
+        self.serve_opaque(origin, snapshot, stream, sni.as_deref())
+            .await
     }
 
     /// Serves requests, each for itself, until the connection ends.
@@ -255,7 +262,7 @@ impl Outbound {
         snapshot: Arc<Snapshot>,
         stream: TcpStream,
         sni: Option<&str>,
-    ) {
+    ) -> Option<Task> {
         let connected = tokio::select! {
             connected = self.connect(&origin, &snapshot, sni) => connected,
             () = origin.pod.gone().cancelled() => Err(Failure::new(FailureReason::PodGone, "the pod left the mesh")),
@@ -267,14 +274,16 @@ impl Outbound {
         } = origin;
         let connected = match connected {
             Ok(connected) => connected,
-            Err(failure) => return connection.fail(failure.reason, &failure.detail),
+            Err(failure) => {
+                connection.fail(failure.reason, &failure.detail);
+                return None;
+            }
         };
         connection.established();
-        let bytes = connection.bytes().clone();
-        match self.relay(stream, connected, &pod, &bytes).await {
-            Some(ended) => connection.close(ended.into()),
-            None => connection.fail(FailureReason::Idle, &"by the policy of its destination"),
-        }
+        let clock = self.destinations.clock();
+        Some(Box::pin(opaque::relay(
+            stream, connected, pod, connection, clock,
+        )))
     }
 
     /// Closes the pod's tunnels and upstream connections when it is gone, as one that is kept would

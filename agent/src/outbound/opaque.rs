@@ -1,14 +1,17 @@
 //! Connections whose bytes mean nothing to the agent: choose an endpoint, connect, relay, judge.
 
+use std::future::{Future, poll_fn};
 use std::net::SocketAddr;
-use std::pin::pin;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::task::Poll;
 use std::time::Duration;
 
 use tokio::net::TcpStream;
 
 use super::Outbound;
+use super::clock::Clock;
 use super::connect::{Failure, Upstream};
 use super::destinations::{DestinationId, EndpointId, Reachable, Route, RouteKey, Traffic};
 use super::target::Target;
@@ -21,8 +24,9 @@ use crate::relay::{self, Ended, Peer};
 use crate::resilience::breaker::Permit;
 use crate::resilience::destination::Attempt;
 use crate::resilience::ejection::SourceId;
-use crate::resilience::{self, Outcome};
+use crate::resilience::{self, Outcome, Timestamp};
 use crate::telemetry::{ByteCount, Connection, FailureReason};
+use crate::tunnel::Tunnelled;
 
 /// A connection that lives for so long is served well. One that the server resets before, without
 /// a byte of an answer, was not.
@@ -56,9 +60,18 @@ struct Bound {
 /// What an outcome is told to, of a connection to a Service. Dropped, it tells of no verdict.
 struct Judged {
     attempt: Attempt<EndpointId>,
-    permit: Permit,
+    permit: Option<Permit>,
     /// Its place among the connections that are open.
-    place: Option<Place>,
+    _place: Option<Place>,
+}
+
+impl Judged {
+    fn settle(&mut self, outcome: Outcome, now: Timestamp) {
+        self.attempt.settle(outcome, now);
+        if let Some(permit) = self.permit.take() {
+            permit.finish(outcome, now);
+        }
+    }
 }
 
 impl Outbound {
@@ -191,8 +204,8 @@ impl Outbound {
                 upstream,
                 judged: Some(Judged {
                     attempt,
-                    permit,
-                    place,
+                    permit: Some(permit),
+                    _place: place,
                 }),
                 limits: policy.streams,
             }),
@@ -229,62 +242,52 @@ impl Outbound {
             )
             .await
     }
+}
 
-    /// Relays to the end of the connection, and tells how the endpoint did. None if it was silent or
-    /// lasted for longer than the policy allows: then it is reset.
-    pub(super) async fn relay(
-        &self,
-        stream: TcpStream,
-        connected: Connected,
-        pod: &EnrolledPod,
-        bytes: &ByteCount,
-    ) -> Option<Ended> {
-        let Connected {
-            upstream,
-            judged,
-            limits,
-        } = connected;
-        // On the heap, and once: it is large, and whatever holds it would be as large again.
-        let relay = Box::pin(async {
-            match upstream {
-                Upstream::Socket(upstream) => {
-                    relay::relay_tcp(stream, upstream, bytes.into(), pod.gone()).await
+/// Relays to the end of the connection, and tells how the endpoint did. If it was silent or lasted for longer than the
+/// policy allows, it is reset.
+///
+/// This is in memory for as long as a connection idles. So it is no `async fn`, which would hold its arguments twice,
+/// and what few connections need, or only for a moment, is boxed.
+pub(super) fn relay(
+    stream: TcpStream,
+    connected: Connected,
+    pod: Arc<EnrolledPod>,
+    connection: Connection,
+    clock: Clock,
+) -> impl Future<Output = ()> + Send {
+    let Connected {
+        upstream,
+        mut judged,
+        limits,
+    } = connected;
+    let bytes = connection.bytes().clone();
+    let mut relay = carry(stream, upstream, pod, bytes.clone());
+    let mut overdue = is_limited(&limits).then(|| Box::pin(overdue(limits, bytes)));
+    async move {
+        let mut ended = None;
+        if let Some(judged) = &mut judged {
+            judged.attempt.answered(clock.now());
+            let mut served = Box::pin(tokio::time::sleep(SERVED_AFTER));
+            let told = tokio::select! {
+                outcome = end_of(&mut relay, &mut overdue) => {
+                    ended = Some(outcome);
+                    outcome_of(outcome, connection.bytes())
                 }
-                Upstream::Tunnel(tunnel) => {
-                    let (send, receive) = (tunnel.send, tunnel.receive);
-                    let counts = bytes.into();
-                    relay::relay_tunnel(stream, Peer::Downstream, send, receive, counts, pod.gone())
-                        .await
-                }
-            }
-        });
-        let relay = async {
-            tokio::select! {
-                ended = relay => Some(ended),
-                () = overdue(&limits, bytes) => None,
-            }
-        };
-        let Some(mut judged) = judged else {
-            return relay.await;
-        };
-        let mut relay = pin!(relay);
-        let clock = self.destinations.clock();
-        judged.attempt.answered(clock.now());
-        let (ended, outcome) = tokio::select! {
-            ended = &mut relay => (Some(ended), outcome(ended, bytes)),
-            () = tokio::time::sleep(SERVED_AFTER) => (None, Outcome::Success),
-        };
-        let Judged {
-            mut attempt,
-            permit,
-            place: _place,
-        } = judged;
-        attempt.settle(outcome, clock.now());
-        permit.finish(outcome, clock.now());
-        match ended {
+                () = &mut served => Outcome::Success,
+            };
+            judged.settle(told, clock.now());
+        }
+        let ended = match ended {
             Some(ended) => ended,
             // It still counts as load.
-            None => relay.await,
+            None => end_of(&mut relay, &mut overdue).await,
+        };
+        // One that is overdue ends here. Whoever hears of an end finds everything free again.
+        drop((relay, judged));
+        match ended {
+            Some(ended) => connection.close(ended.into()),
+            None => connection.fail(FailureReason::Idle, &"by the policy of its destination"),
         }
     }
 }
@@ -300,9 +303,49 @@ async fn place_within(places: &Arc<Places>, limit: Duration) -> Result<Place, Fa
         })
 }
 
+/// Moves the bytes of a connection.
+type Carrying = Pin<Box<dyn Future<Output = Ended> + Send>>;
+
+fn carry(
+    stream: TcpStream,
+    upstream: Upstream,
+    pod: Arc<EnrolledPod>,
+    bytes: Arc<ByteCount>,
+) -> Carrying {
+    match upstream {
+        Upstream::Socket(upstream) => Box::pin(async move {
+            relay::relay_tcp(stream, upstream, (&*bytes).into(), pod.gone()).await
+        }),
+        Upstream::Tunnel(Tunnelled { send, receive, .. }) => Box::pin(async move {
+            let counts = (&*bytes).into();
+            relay::relay_tunnel(stream, Peer::Downstream, send, receive, counts, pod.gone()).await
+        }),
+    }
+}
+
+/// How the connection ends; none if it is overdue.
+fn end_of<'a>(
+    relay: &'a mut Carrying,
+    overdue: &'a mut Option<Pin<Box<impl Future<Output = ()>>>>,
+) -> impl Future<Output = Option<Ended>> + 'a {
+    poll_fn(move |cx| {
+        if let Poll::Ready(ended) = relay.as_mut().poll(cx) {
+            return Poll::Ready(Some(ended));
+        }
+        match overdue {
+            Some(overdue) => overdue.as_mut().poll(cx).map(|()| None),
+            None => Poll::Pending,
+        }
+    })
+}
+
+fn is_limited(limits: &StreamTimeouts) -> bool {
+    limits.idle.is_some() || limits.max_duration.is_some()
+}
+
 /// Returns when a connection has been silent, or has lasted, for longer than is allowed. Silence is
 /// noticed up to a quarter later.
-async fn overdue(limits: &StreamTimeouts, bytes: &ByteCount) {
+async fn overdue(limits: StreamTimeouts, bytes: Arc<ByteCount>) {
     let lasted = async {
         match limits.max_duration {
             Some(most) => tokio::time::sleep(most).await,
@@ -333,7 +376,7 @@ async fn overdue(limits: &StreamTimeouts, bytes: &ByteCount) {
 const LOOKS: u32 = 4;
 
 /// What the end of a connection says about the endpoint.
-fn outcome(ended: Option<Ended>, bytes: &ByteCount) -> Outcome {
+fn outcome_of(ended: Option<Ended>, bytes: &ByteCount) -> Outcome {
     let Some(ended) = ended else {
         return Outcome::Cancelled;
     };
@@ -352,6 +395,20 @@ mod tests {
     use super::*;
     use crate::resilience::Verdict;
 
+    /// The size of what a function of these arguments gives back.
+    fn size_of_relay<F>(
+        _: impl FnOnce(TcpStream, Connected, Arc<EnrolledPod>, Connection, Clock) -> F,
+    ) -> usize {
+        size_of::<F>()
+    }
+
+    /// Beside the two futures that it boxes, of which one is for connections with limits.
+    #[test]
+    fn what_sets_a_connection_up_is_not_kept_while_it_idles() {
+        let relay = size_of_relay(relay);
+        assert!(relay <= 320, "{relay} bytes");
+    }
+
     #[test]
     fn only_a_server_that_resets_before_it_says_a_byte_has_failed() {
         let silent = ByteCount::default();
@@ -365,7 +422,7 @@ mod tests {
             (Ended::Reset(Peer::Downstream), &spoken, Some(Verdict::Good)),
             (Ended::Stopped, &spoken, None),
         ] {
-            let outcome = outcome(Some(ended), bytes);
+            let outcome = outcome_of(Some(ended), bytes);
             assert_eq!(outcome.of_endpoint(), verdict, "{ended:?}");
             assert_eq!(outcome.of_destination(), verdict, "{ended:?}");
         }
@@ -379,9 +436,9 @@ mod tests {
             max_duration: Some(10 * idle),
             ..StreamTimeouts::default()
         };
-        let bytes = ByteCount::default();
+        let bytes = Arc::new(ByteCount::default());
         let began = tokio::time::Instant::now();
-        overdue(&limits, &bytes).await;
+        overdue(limits, bytes.clone()).await;
         assert_eq!(began.elapsed(), idle);
 
         let moving = async {
@@ -393,14 +450,15 @@ mod tests {
         let began = tokio::time::Instant::now();
         tokio::select! {
             () = moving => {}
-            () = overdue(&limits, &bytes) => {}
+            () = overdue(limits, bytes.clone()) => {}
         }
         assert_eq!(began.elapsed(), 10 * idle);
         let unlimited = StreamTimeouts {
             idle: None,
             ..StreamTimeouts::default()
         };
-        let forever = overdue(&unlimited, &bytes);
+        assert!(is_limited(&limits) && !is_limited(&unlimited));
+        let forever = overdue(unlimited, bytes.clone());
         assert!(tokio::time::timeout(100 * idle, forever).await.is_err());
     }
 }

@@ -24,6 +24,12 @@ const IDLE_BUFFERS: usize = 64;
 
 static IDLE: Mutex<Vec<BytesMut>> = Mutex::new(Vec::new());
 
+/// Frees the buffers that wait for the next bytes.
+pub fn free_buffers() {
+    let idle = std::mem::take(&mut *IDLE.lock());
+    drop(idle);
+}
+
 /// A buffer for reading, taken when bytes are there and given back when it is dropped.
 pub(super) struct ReadBuffer(BytesMut);
 

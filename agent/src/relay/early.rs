@@ -8,7 +8,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::buffers::write_all;
 use super::{Counts, Ended, Peer, relay_tcp, relay_tunnel};
-use crate::tunnel::{ResetReason, TunnelIo};
+use crate::tunnel::{ResetReason, TunnelIo, TunnelReceive, TunnelSend};
 
 /// Bytes that were read already and come first; no more than a parser's buffer.
 #[derive(Debug, Default)]
@@ -50,13 +50,30 @@ pub async fn relay_tcp_after(
 
 /// [`relay_tunnel`], after these bytes and what the tunnel has received and nobody read.
 pub async fn relay_tunnel_after(
-    mut early: Early,
+    early: Early,
     socket: TcpStream,
     plain: Peer,
     tunnel: TunnelIo,
     counts: Counts<'_>,
     stop: &CancellationToken,
 ) -> Ended {
+    match begin_tunnel(early, socket, plain, tunnel, counts, stop).await {
+        Ok((socket, send, receive)) => {
+            relay_tunnel(socket, plain, send, receive, counts, stop).await
+        }
+        Err(ended) => ended,
+    }
+}
+
+/// Passes these bytes on, and what the tunnel has received and nobody read. What it gives back is for [`relay_tunnel`].
+pub async fn begin_tunnel(
+    mut early: Early,
+    socket: TcpStream,
+    plain: Peer,
+    tunnel: TunnelIo,
+    counts: Counts<'_>,
+    stop: &CancellationToken,
+) -> Result<(TcpStream, TunnelSend, TunnelReceive), Ended> {
     let (mut send, mut receive, unread) = tunnel.into_halves();
     let (to_tunnel, to_socket) = match plain {
         Peer::Downstream => (&mut early.to_upstream, &mut early.to_downstream),
@@ -87,11 +104,11 @@ pub async fn relay_tunnel_after(
     };
     if let Err(ended) = written {
         send.reset(ResetReason::Connection);
-        return ended;
+        return Err(ended);
     }
     receive.release(unread.len());
     count(&early, counts);
-    relay_tunnel(socket, plain, send, receive, counts, stop).await
+    Ok((socket, send, receive))
 }
 
 fn count(early: &Early, counts: Counts<'_>) {

@@ -15,6 +15,7 @@ mod half;
 mod splice;
 mod tunnelled;
 
+use std::future::Future;
 use std::io;
 use std::pin::pin;
 use std::sync::atomic::AtomicU64;
@@ -25,7 +26,8 @@ use tokio_util::sync::CancellationToken;
 
 use crate::telemetry::{ByteCount, End, FailureReason, Side};
 
-pub use early::{Early, relay_tcp_after, relay_tunnel_after};
+pub use buffers::free_buffers;
+pub use early::{Early, begin_tunnel, relay_tcp_after, relay_tunnel_after};
 pub use tunnelled::relay_tunnel;
 
 /// One end of a relayed connection, as the agent stands between them.
@@ -80,31 +82,39 @@ pub struct Counts<'a> {
 }
 
 /// Relays between two plain TCP sockets, without copying through user space.
-pub async fn relay_tcp(
+///
+/// An idle connection holds one of these.
+#[allow(
+    clippy::manual_async_fn,
+    reason = "an async fn holds its arguments twice"
+)]
+pub fn relay_tcp<'a>(
     downstream: TcpStream,
     upstream: TcpStream,
-    counts: Counts<'_>,
-    stop: &CancellationToken,
-) -> Ended {
-    let ended = {
-        let there = pin!(splice::pump(&downstream, &upstream, counts.to_upstream));
-        let back = pin!(splice::pump(&upstream, &downstream, counts.to_downstream));
-        let both = half::join(there, back, |peer| {
-            Some(failed(match peer {
-                Peer::Downstream => &downstream,
-                Peer::Upstream => &upstream,
-            }))
-        });
-        tokio::select! {
-            ended = both => ended,
-            () = stop.cancelled() => Ended::Stopped,
+    counts: Counts<'a>,
+    stop: &'a CancellationToken,
+) -> impl Future<Output = Ended> + Send + use<'a> {
+    async move {
+        let ended = {
+            let there = pin!(splice::pump(&downstream, &upstream, counts.to_upstream));
+            let back = pin!(splice::pump(&upstream, &downstream, counts.to_downstream));
+            let both = half::join(there, back, |peer| {
+                Some(failed(match peer {
+                    Peer::Downstream => &downstream,
+                    Peer::Upstream => &upstream,
+                }))
+            });
+            tokio::select! {
+                ended = both => ended,
+                () = stop.cancelled() => Ended::Stopped,
+            }
+        };
+        if ended == Ended::InOrder {
+            close_in_order(downstream);
+            close_in_order(upstream);
         }
-    };
-    if ended == Ended::InOrder {
-        close_in_order(downstream);
-        close_in_order(upstream);
+        ended
     }
-    ended
 }
 
 /// Closes a socket whose both directions have ended, so that what the kernel still holds of its

@@ -290,7 +290,7 @@ fn size_of_tcp_relay<'a, F>(
 #[test]
 fn an_idle_connection_costs_little_memory() {
     let tunnel = size_of_tunnel_relay(relay_tunnel);
-    assert!(tunnel <= 1536, "{tunnel} bytes");
+    assert!(tunnel <= 1024, "{tunnel} bytes");
     let tcp = size_of_tcp_relay(relay_tcp);
-    assert!(tcp <= 2048, "{tcp} bytes");
+    assert!(tcp <= 1792, "{tcp} bytes");
 }

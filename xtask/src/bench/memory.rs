@@ -32,6 +32,9 @@ pub const QUICK: Extent = Extent {
 
 /// After the start: allocators keep what was freed for some seconds.
 const STARTED: Duration = Duration::from_secs(15);
+/// Connections that are open before those of which the cost is measured: the first of all have code come into memory
+/// that all the others share.
+const WARM: usize = 100;
 /// After connections are open: for what is still being tidied up.
 const SETTLE: Duration = Duration::from_secs(2);
 
@@ -83,8 +86,11 @@ fn hold(lines: &mut Lines, proxy: Proxy, builds: &Builds, extent: &Extent) -> Re
     let before = stage.resident_bytes()?;
     lines.add_memory(proxy, 0, Figure::Resident(0), mib(before));
     println!("  {:<12} {:>8.1} MiB", proxy.name(), mib(before));
-    let mut holders: Vec<Process> = Vec::new();
-    let (mut open, mut with) = (0, before);
+    let mut holders: Vec<Process> = vec![stage.hold(WARM)?];
+    wait::pause(SETTLE)?;
+    let warm = stage.resident_bytes()?;
+    println!("  {:<12} {:>8.1} MiB with {WARM}", proxy.name(), mib(warm));
+    let (mut open, mut with) = (WARM, warm);
     for &step in extent.steps {
         holders.push(stage.hold(step - open)?);
         open = step;
@@ -93,7 +99,7 @@ fn hold(lines: &mut Lines, proxy: Proxy, builds: &Builds, extent: &Extent) -> Re
         lines.add_memory(proxy, step, Figure::Resident(step), mib(with));
         println!("  {:<12} {:>8.1} MiB with {step}", proxy.name(), mib(with));
     }
-    let each = share(with.saturating_sub(before), open as u64 * 1024);
+    let each = share(with.saturating_sub(warm), (open - WARM) as u64 * 1024);
     lines.add_memory(proxy, open, Figure::PerConnection, each);
     for holder in holders {
         stage::release(holder)?;

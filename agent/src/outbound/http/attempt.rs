@@ -1,6 +1,7 @@
 //! Attempts of one request, until one is answered for good.
 
 use std::net::SocketAddr;
+use std::pin::{Pin, pin};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
@@ -132,13 +133,23 @@ pub(super) async fn attempts<N: Network>(
         let sent = {
             let limit = leg.timeouts.attempt(request.deadline, began);
             let number = retries.made() + 1;
-            let attempt = send(client, view, leg, request, &endpoint, number, &mut reaching);
-            match within(limit, attempt).await {
-                Err(AttemptError::Late) if reaching.waits.load(Ordering::Relaxed) => {
-                    Err(AttemptError::Crowded(Crowded::Connections))
-                }
-                sent => sent,
+            // Pinned here, and not moved any more.
+            let attempt = pin!(send(
+                client,
+                view,
+                leg,
+                request,
+                &endpoint,
+                number,
+                &mut reaching
+            ));
+            within(limit, attempt).await
+        };
+        let sent = match sent {
+            Err(AttemptError::Late) if reaching.waits.load(Ordering::Relaxed) => {
+                Err(AttemptError::Crowded(Crowded::Connections))
             }
+            sent => sent,
         };
         let connecting = reaching.connecting;
         let now = clock.now();
@@ -289,7 +300,7 @@ fn kind_of(way: &Way) -> KeyWay {
 
 async fn within<F>(
     limit: Option<Duration>,
-    attempt: F,
+    attempt: Pin<&mut F>,
 ) -> Result<Response<UpstreamBody>, AttemptError>
 where
     F: Future<Output = Result<Response<UpstreamBody>, AttemptError>>,
