@@ -76,6 +76,13 @@ struct Worker {
     given: AtomicU64,
 }
 
+impl Worker {
+    /// For how long it has not been waiting for something to do.
+    fn busy(&self) -> Duration {
+        self.runtime.metrics().worker_total_busy_duration(0)
+    }
+}
+
 impl Workers {
     /// Starts so many threads, and one if none is asked for. An error means that there is no thread, or no
     /// descriptor for its reactor.
@@ -147,8 +154,7 @@ impl Workers {
     /// For how long they have not been waiting for something to do, all together.
     #[must_use]
     pub fn busy(&self) -> Duration {
-        let busy = |worker: &Worker| worker.runtime.metrics().worker_total_busy_duration(0);
-        self.each.iter().map(busy).sum()
+        self.each.iter().map(Worker::busy).sum()
     }
 
     /// What the workers do, for `/metrics`.
@@ -169,9 +175,7 @@ impl Workers {
         telemetry.register_seconds(
             "undermesh_worker_busy",
             "How long a worker was not waiting for something to do",
-            move || {
-                workers.each_as(|worker| worker.runtime.metrics().worker_total_busy_duration(0))
-            },
+            move || workers.each_as(Worker::busy),
         );
     }
 

@@ -1,8 +1,10 @@
 //! The pods that most tests of requests play on: a client on one node, and a server on either.
 
+use std::time::Duration;
+
 use anyhow::Result;
 
-use crate::web::{WebOptions, WebReport};
+use crate::web::{LoadOptions, LoadReport, WebOptions, WebReport};
 use crate::{Lab, LabBuilder, PodSpec, ServiceSpec, Side, Traffic};
 
 /// Port of the Services, for HTTP.
@@ -36,6 +38,17 @@ pub fn versions() -> LabBuilder {
 pub fn serve_versions(lab: &Lab) -> Result<[Traffic<WebReport>; 2]> {
     let one = |name: &str| lab.pod(name)?.serve_web(&WebOptions::new(name, TARGET));
     Ok([one("v1")?, one("v2")?])
+}
+
+/// Has the client of [`versions`] ask Service `web` 20 times a second over HTTP/1.1, and as often over HTTP/2.
+pub fn ask_steadily(lab: &Lab, during: Duration) -> Result<[Traffic<LoadReport>; 2]> {
+    let client = lab.pod("client")?;
+    let options = LoadOptions::new(lab.service("web", PORT)?)
+        .rate(20)
+        .connections(64)
+        .during(during);
+    let http1 = client.start_load(&options)?;
+    Ok([http1, client.start_load(&options.http2())?])
 }
 
 /// Servers `near` and `far`, as the client sees them, each a Service of its name, and Service `both`.

@@ -5,8 +5,8 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
 use undermesh_lab::requests::traffic_policy;
-use undermesh_lab::stage::{PORT, TARGET, serve_versions, versions};
-use undermesh_lab::web::{Behaviour, LoadOptions, WebOptions, WebReport};
+use undermesh_lab::stage::{TARGET, ask_steadily, serve_versions, versions};
+use undermesh_lab::web::{Behaviour, WebOptions, WebReport};
 use undermesh_lab::{Lab, PodSpec, Side, Traffic, wait};
 
 const LIMIT: Duration = Duration::from_secs(60);
@@ -52,7 +52,6 @@ fn asked(server: &Traffic<WebReport>, more: u64) -> Result<()> {
 fn a_rollout_sends_nothing_new_to_pods_that_terminate_unless_all_do_and_fails_no_request()
 -> Result<()> {
     let lab = versions().start()?;
-    let client = lab.pod("client")?;
     let [first, second] = serve_versions(&lab)?;
     let slow = Behaviour {
         delay_ms: 500,
@@ -65,14 +64,7 @@ fn a_rollout_sends_nothing_new_to_pods_that_terminate_unless_all_do_and_fails_no
         "web",
         json!({"balancing": {"algorithm": "RoundRobin"}, "slowStart": {"window": "0s"}}),
     ))?;
-    let load = |http2: bool| {
-        let options = LoadOptions::new(lab.service("web", PORT)?)
-            .rate(20)
-            .connections(64);
-        let options = options.during(10 * LIMIT);
-        client.start_load(&if http2 { options.http2() } else { options })
-    };
-    let loads = [load(false)?, load(true)?];
+    let loads = ask_steadily(&lab, 10 * LIMIT)?;
     asked(&first, 20)?;
     asked(&second, 20)?;
 

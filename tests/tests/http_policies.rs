@@ -9,8 +9,8 @@ use serde_json::json;
 use undermesh_lab::curl::{Answer, ask, ask_often};
 use undermesh_lab::metrics::Metrics;
 use undermesh_lab::requests::traffic_policy;
-use undermesh_lab::stage::{PORT, TARGET, serve_versions, versions};
-use undermesh_lab::web::{Behaviour, LoadOptions, WebOptions};
+use undermesh_lab::stage::{PORT, TARGET, ask_steadily, serve_versions, versions};
+use undermesh_lab::web::{Behaviour, WebOptions};
 use undermesh_lab::{Lab, PodSpec, Side, apps, machine, wait};
 
 const LIMIT: Duration = Duration::from_secs(30);
@@ -103,7 +103,6 @@ fn a_breaker_that_is_forced_open_rejects_and_one_forced_closed_does_not_open() -
 #[test]
 fn a_pod_that_leaves_answers_what_it_was_asked_and_nothing_more() -> Result<()> {
     let lab = versions().start()?;
-    let client = lab.pod("client")?;
     let [first, second] = serve_versions(&lab)?;
     let slow = Behaviour {
         delay_ms: 1_500,
@@ -116,14 +115,7 @@ fn a_pod_that_leaves_answers_what_it_was_asked_and_nothing_more() -> Result<()> 
         "web",
         json!({"balancing": {"algorithm": "RoundRobin"}}),
     ))?;
-    let load = |http2: bool| {
-        let options = LoadOptions::new(lab.service("web", PORT)?)
-            .rate(20)
-            .connections(64);
-        let options = options.during(4 * LIMIT);
-        client.start_load(&if http2 { options.http2() } else { options })
-    };
-    let loads = [load(false)?, load(true)?];
+    let loads = ask_steadily(&lab, 4 * LIMIT)?;
     wait::until_true("requests to be under way at both", LIMIT, || {
         Ok(first.report()?.received > 20 && second.report()?.received > 20)
     })?;

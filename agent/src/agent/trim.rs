@@ -37,12 +37,7 @@ pub(super) async fn run(workers: Arc<Workers>, telemetry: Arc<Telemetry>, stop: 
     telemetry.register_counter(
         "undermesh_memory_trims",
         "How often the agent, having nothing to do, gave back memory that only work needs",
-        move || {
-            vec![Labelled {
-                labels: Vec::new(),
-                value: counted.load(Ordering::Relaxed),
-            }]
-        },
+        move || vec![Labelled::bare(counted.load(Ordering::Relaxed))],
     );
     let mut calm = Calm::begin(Instant::now());
     let mut ticks = interval(LOOK);

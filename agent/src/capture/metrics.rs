@@ -40,10 +40,7 @@ pub fn register(telemetry: &Telemetry, capture: &Arc<Capture>) {
         "Whether new connections are shed because memory is short",
         move || {
             let shedding = shedding.memory().shedding;
-            vec![Labelled {
-                labels: Vec::new(),
-                value: f64::from(u8::from(shedding)),
-            }]
+            vec![Labelled::bare(f64::from(u8::from(shedding)))]
         },
     );
     for (name, help, read) in NATIVE_COUNTS {
@@ -93,10 +90,7 @@ fn drops(pod: &EnrolledPod) -> Vec<(&'static str, &'static str, u64)> {
 fn memory(capture: &Capture, read: impl Fn(&MemoryUse) -> u64) -> Vec<Labelled<f64>> {
     let found = capture.memory().usage;
     found
-        .map(|found| Labelled {
-            labels: Vec::new(),
-            value: read(&found) as f64,
-        })
+        .map(|found| Labelled::bare(read(&found) as f64))
         .into_iter()
         .collect()
 }

@@ -67,6 +67,16 @@ fn stage<const PODS: usize>() -> (Simulated, Arc<Fairness>, [Work; PODS]) {
     (clock, fairness, work)
 }
 
+/// A neighbour of a flood, both of whose turns take 20 µs, gets its half.
+async fn halves(clock: &Simulated, fairness: &Arc<Fairness>, flooder: &Work, neighbour: &Work) {
+    for _ in 0..100 {
+        tokio::spawn(fairness.turns(pod(2), neighbour.endless(20)));
+    }
+    let_run(clock, 1_000_000).await;
+    let (much, little) = (flooder.time(20), neighbour.time(20));
+    assert!(much > 400_000 && little > 400_000, "{much} and {little} µs");
+}
+
 async fn let_run(clock: &Simulated, for_micros: u64) {
     let end = clock.0.load(Ordering::Relaxed) + for_micros;
     while clock.0.load(Ordering::Relaxed) < end {
@@ -174,12 +184,7 @@ async fn what_a_task_spawns_takes_its_turns_and_so_does_what_that_spawns() {
             hyper::rt::Executor::execute(&Executor, other);
         })));
     }
-    for _ in 0..100 {
-        tokio::spawn(fairness.turns(pod(2), neighbour.endless(20)));
-    }
-    let_run(&clock, 1_000_000).await;
-    let (much, little) = (flooder.time(20), neighbour.time(20));
-    assert!(much > 400_000 && little > 400_000, "{much} and {little} µs");
+    halves(&clock, &fairness, &flooder, &neighbour).await;
 }
 
 #[tokio::test]
@@ -278,12 +283,7 @@ async fn what_wakes_a_task_does_not_put_it_before_its_turn() {
             tokio::task::yield_now().await;
         }
     });
-    for _ in 0..100 {
-        tokio::spawn(fairness.turns(pod(2), neighbour.endless(20)));
-    }
-    let_run(&clock, 1_000_000).await;
-    let (much, little) = (flooder.time(20), neighbour.time(20));
-    assert!(much > 400_000 && little > 400_000, "{much} and {little} µs");
+    halves(&clock, &fairness, &flooder, &neighbour).await;
 }
 
 #[tokio::test]

@@ -178,29 +178,28 @@ impl Outbound {
             let detail = format!("{open} for {}", route.breaker.name());
             Failure::new(FailureReason::CircuitOpen, detail)
         })?;
-        let place = match places {
-            None => None,
-            Some(places) => {
-                match place_within(places, policy.connect_limit(snapshot.config())).await {
-                    Ok(place) => Some(place),
-                    Err(failure) => {
-                        permit.finish(failure.outcome(), clock.now());
-                        return Err(failure);
-                    }
+        let opened = async {
+            let place = match places {
+                None => None,
+                Some(places) => {
+                    let limit = policy.connect_limit(snapshot.config());
+                    Some(place_within(places, limit).await?)
                 }
-            }
+            };
+            let tries = Tries {
+                reachable,
+                policy,
+                config: snapshot.config(),
+                clock,
+            };
+            let open = |endpoint, limit| async move {
+                self.connect_to(origin, snapshot, &endpoint, limit).await
+            };
+            let (attempt, upstream) = tries.run(open).await?;
+            Ok::<_, Failure>((place, attempt, upstream))
         };
-        let tries = Tries {
-            reachable,
-            policy,
-            config: snapshot.config(),
-            clock,
-        };
-        let open = |endpoint, limit| async move {
-            self.connect_to(origin, snapshot, &endpoint, limit).await
-        };
-        match tries.run(open).await {
-            Ok((attempt, upstream)) => Ok(Connected {
+        match opened.await {
+            Ok((place, attempt, upstream)) => Ok(Connected {
                 upstream,
                 judged: Some(Judged {
                     attempt,

@@ -1,16 +1,8 @@
-use std::net::SocketAddr;
-use std::sync::Arc;
-
-use arc_swap::ArcSwap;
 use parking_lot::Mutex;
 use tokio::time::{Instant, sleep, timeout};
 
 use super::*;
-use crate::mesh::{Endpoint, ObjectName, Readiness, Service, ServicePort, Snapshot};
-use crate::outbound::destinations::{DestinationId, Destinations, Traffic};
-use crate::resilience::ejection::SourceId;
-use crate::resilience::event::NoSink;
-use crate::telemetry::testing::workload;
+use crate::outbound::destinations::tests::{destinations, endpoint, mesh, reachable};
 
 /// A Service with these endpoints, and what was tried.
 struct Stage {
@@ -26,37 +18,12 @@ const SYN_AGAIN: Duration = Duration::from_secs(3);
 
 impl Stage {
     fn new(endpoints: u8) -> Self {
-        let service = ObjectName::new("shop", "cart");
-        let endpoints = (1..=endpoints).map(|number| Endpoint {
-            address: ([10, 0, 1, number], 80).into(),
-            readiness: Readiness::Ready,
-            workload: None,
-        });
-        let mut snapshot = Snapshot::default();
-        snapshot.insert_service(Arc::new(Service {
-            name: service.clone(),
-            vips: vec![[10, 96, 0, 1].into()],
-            ports: vec![ServicePort {
-                name: "".into(),
-                port: 80,
-                app_protocol: None,
-                opaque: false,
-                endpoints: endpoints.collect(),
-            }],
-        }));
-        let clock = Clock::start();
-        let shared = Arc::new(ArcSwap::from_pointee(snapshot));
-        let destinations = Destinations::new(shared.clone(), "node-a", clock, Arc::new(NoSink));
-        let id = DestinationId {
-            service,
-            port: 80,
-            traffic: Traffic::Connections,
-        };
-        let destination = destinations.of(&id, &shared.load()).unwrap();
-        let dialled = SocketAddr::from(([10, 96, 0, 1], 80));
-        let client = workload("web", "10.0.0.1");
+        let endpoints =
+            (1..=endpoints).map(|number| endpoint(&format!("10.0.1.{number}:80"), true));
+        let (destinations, _) = destinations(mesh(&endpoints.collect::<Vec<_>>()));
+        let clock = destinations.clock();
         Self {
-            reachable: destination.reachable(&client, SourceId(1), dialled, clock.now()),
+            reachable: reachable(&destinations, "10.0.0.1"),
             policy: TrafficPolicy::default(),
             config: MeshConfig::default(),
             clock,

@@ -118,10 +118,7 @@ impl Telemetry {
             "TCP connections in the connection table",
             move || {
                 let live = weak.upgrade().map_or(0, |telemetry| telemetry.live());
-                vec![Labelled {
-                    labels: Vec::new(),
-                    value: live as f64,
-                }]
+                vec![Labelled::bare(live as f64)]
             },
         );
         telemetry

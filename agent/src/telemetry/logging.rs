@@ -75,12 +75,7 @@ impl Logging {
         telemetry.register_counter(
             "undermesh_log_lines_dropped",
             "Log lines that were dropped because the output did not take them",
-            move || {
-                vec![Labelled {
-                    labels: Vec::new(),
-                    value: queue.dropped(),
-                }]
-            },
+            move || vec![Labelled::bare(queue.dropped())],
         );
     }
 }

@@ -25,6 +25,22 @@ async fn lease(pool: &UpstreamPool, key: &UpstreamKey) -> Lease {
         .unwrap()
 }
 
+/// A connection that is one of these places, whenever it is had.
+fn ask(
+    pool: &Arc<UpstreamPool>,
+    key: &UpstreamKey,
+    places: &Arc<Places>,
+) -> impl Future<Output = Result<Lease, SendError>> + use<> {
+    let (pool, key, places) = (pool.clone(), key.clone(), places.clone());
+    async move {
+        let terms = Terms {
+            places: Some(places),
+            ..Terms::default()
+        };
+        pool.get(&key, &terms, || dial(key.endpoint)).await
+    }
+}
+
 async fn fetch(pool: &UpstreamPool, key: &UpstreamKey) -> Bytes {
     let answer = lease(pool, key).await.send(get()).await.unwrap();
     answer.into_body().collect().await.unwrap().to_bytes()
@@ -248,14 +264,7 @@ async fn streams_of_another_pod_wait_until_the_connection_is_left_and_then_share
         ..mine.clone()
     };
     let places = Places::new(1, 2);
-    let terms = || Terms {
-        places: Some(places.clone()),
-        ..Terms::default()
-    };
-    let ask = |key: UpstreamKey| {
-        let (pool, terms) = (pool.clone(), terms());
-        async move { pool.get(&key, &terms, || dial(key.endpoint)).await }
-    };
+    let ask = |key: UpstreamKey| ask(&pool, &key, &places);
     let first = ask(mine.clone()).await.unwrap();
     let second = ask(mine.clone()).await.unwrap();
     let mut waiting = Vec::new();
@@ -283,14 +292,7 @@ async fn who_gives_up_waiting_leaves_its_turn_to_the_next() {
     let pool = UpstreamPool::new(PoolLimits::default());
     let key = key(upstream.address, Wire::Http1);
     let places = Places::new(1, 1);
-    let ask = || {
-        let (pool, key) = (pool.clone(), key.clone());
-        let terms = Terms {
-            places: Some(places.clone()),
-            ..Terms::default()
-        };
-        async move { pool.get(&key, &terms, || dial(key.endpoint)).await }
-    };
+    let ask = || ask(&pool, &key, &places);
     let first = ask().await.unwrap();
     let impatient = tokio::spawn(ask());
     eventually("it waits", || places.counts().waiting == 1).await;
@@ -313,14 +315,7 @@ async fn opaque_connections_and_requests_wait_in_one_line_in_turn() {
     let pool = UpstreamPool::new(PoolLimits::default());
     let key = key(upstream.address, Wire::Http1);
     let places = Places::new(1, 3);
-    let ask = || {
-        let (pool, key) = (pool.clone(), key.clone());
-        let terms = Terms {
-            places: Some(places.clone()),
-            ..Terms::default()
-        };
-        async move { pool.get(&key, &terms, || dial(key.endpoint)).await }
-    };
+    let ask = || ask(&pool, &key, &places);
     let opaque = || {
         let places = places.clone();
         tokio::spawn(async move { places.take().await })

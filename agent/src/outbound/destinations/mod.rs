@@ -145,4 +145,4 @@ impl Destinations {
 }
 
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;

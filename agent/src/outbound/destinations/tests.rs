@@ -23,7 +23,7 @@ pub(super) fn id() -> DestinationId {
     }
 }
 
-pub(super) fn endpoint(address: &str, ready: bool) -> Endpoint {
+pub(in crate::outbound) fn endpoint(address: &str, ready: bool) -> Endpoint {
     Endpoint {
         address: address.parse().unwrap(),
         readiness: Readiness::of(ready, false),
@@ -31,7 +31,7 @@ pub(super) fn endpoint(address: &str, ready: bool) -> Endpoint {
     }
 }
 
-pub(super) fn mesh(endpoints: &[Endpoint]) -> Snapshot {
+pub(in crate::outbound) fn mesh(endpoints: &[Endpoint]) -> Snapshot {
     let mut snapshot = Snapshot::default();
     snapshot.insert_service(Arc::new(Service {
         name: id().service,
@@ -47,7 +47,7 @@ pub(super) fn mesh(endpoints: &[Endpoint]) -> Snapshot {
     snapshot
 }
 
-pub(super) fn destinations(snapshot: Snapshot) -> (Arc<Destinations>, SharedSnapshot) {
+pub(in crate::outbound) fn destinations(snapshot: Snapshot) -> (Arc<Destinations>, SharedSnapshot) {
     let shared: SharedSnapshot = Arc::new(ArcSwap::from_pointee(snapshot));
     let destinations =
         Destinations::new(shared.clone(), "node-a", Clock::start(), Arc::new(NoSink));
@@ -55,7 +55,7 @@ pub(super) fn destinations(snapshot: Snapshot) -> (Arc<Destinations>, SharedSnap
 }
 
 /// What a pod reaches that dialled the Service over IPv4.
-fn reachable(destinations: &Destinations, client: &str) -> Reachable {
+pub(in crate::outbound) fn reachable(destinations: &Destinations, client: &str) -> Reachable {
     let snapshot = destinations.snapshot.load_full();
     let destination = destinations.of(&id(), &snapshot).unwrap();
     let mut pod = Arc::unwrap_or_clone(workload("web", "10.0.0.1"));

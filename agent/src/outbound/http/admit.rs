@@ -104,10 +104,8 @@ pub(super) async fn admit<N: Network>(
         request.record.event(RequestEvent::ShedInFlight);
         Refusal::Overload
     })?;
-    let measured = match leg.policy.settings.limits.adaptive {
-        Some(_) => to.destination.adaptive(),
-        None => None,
-    };
+    let asked_for = leg.policy.settings.limits.adaptive;
+    let measured = asked_for.and_then(|_| to.destination.adaptive());
     let measured = measured.map(|limit| {
         let place = limit.take();
         place.map(|place| Measured {

@@ -4,14 +4,14 @@ use std::fmt;
 
 use rustls::client::{ClientConnectionData, UnbufferedClientConnection};
 use rustls::crypto::cipher::{
-    InboundOpaqueMessage, InboundPlainMessage, MessageDecrypter, MessageEncrypter, OutboundChunks,
-    OutboundPlainMessage,
+    AeadKey, InboundOpaqueMessage, InboundPlainMessage, Iv, MessageDecrypter, MessageEncrypter,
+    OutboundChunks, OutboundPlainMessage,
 };
 use rustls::kernel::KernelConnection;
 use rustls::server::{ServerConnectionData, UnbufferedServerConnection};
 use rustls::{
-    ConnectionTrafficSecrets, ContentType, Error, HandshakeType, PeerMisbehaved, ProtocolVersion,
-    SupportedCipherSuite, Tls13CipherSuite,
+    ConnectionTrafficSecrets, ContentType, Error, ExtractedSecrets, HandshakeType, PeerMisbehaved,
+    ProtocolVersion, SupportedCipherSuite, Tls13CipherSuite,
 };
 
 /// Type, version and length before each record (RFC 8446 section 5.1).
@@ -43,35 +43,32 @@ pub(in crate::tunnel) trait IntoKeys {
 impl IntoKeys for UnbufferedClientConnection {
     fn into_keys(self) -> Result<(Keys, Sealer, Opener), Error> {
         let (secrets, agreed) = self.dangerous_into_kernel_connection()?;
-        let suite = tls13(agreed.negotiated_cipher_suite())?;
-        let (sealer, opener) = (
-            Sealer::new(suite, secrets.tx)?,
-            Opener::new(suite, secrets.rx)?,
-        );
-        let agreed = Agreed::AsClient(agreed);
-        Ok((Keys { agreed, suite }, sealer, opener))
+        let suite = agreed.negotiated_cipher_suite();
+        Keys::of(Agreed::AsClient(agreed), suite, secrets)
     }
 }
 
 impl IntoKeys for UnbufferedServerConnection {
     fn into_keys(self) -> Result<(Keys, Sealer, Opener), Error> {
         let (secrets, agreed) = self.dangerous_into_kernel_connection()?;
-        let suite = tls13(agreed.negotiated_cipher_suite())?;
-        let (sealer, opener) = (
-            Sealer::new(suite, secrets.tx)?,
-            Opener::new(suite, secrets.rx)?,
-        );
-        let agreed = Agreed::AsServer(agreed);
-        Ok((Keys { agreed, suite }, sealer, opener))
+        let suite = agreed.negotiated_cipher_suite();
+        Keys::of(Agreed::AsServer(agreed), suite, secrets)
     }
 }
 
-fn tls13(suite: SupportedCipherSuite) -> Result<&'static Tls13CipherSuite, Error> {
-    let other = || Error::General("not a suite of TLS 1.3".to_owned());
-    suite.tls13().ok_or_else(other)
-}
-
 impl Keys {
+    fn of(
+        agreed: Agreed,
+        suite: SupportedCipherSuite,
+        secrets: ExtractedSecrets,
+    ) -> Result<(Self, Sealer, Opener), Error> {
+        let other = || Error::General("not a suite of TLS 1.3".to_owned());
+        let suite = suite.tls13().ok_or_else(other)?;
+        let sealer = Sealer::new(suite, secrets.tx)?;
+        let opener = Opener::new(suite, secrets.rx)?;
+        Ok((Self { agreed, suite }, sealer, opener))
+    }
+
     pub(super) fn next_opener(&mut self) -> Result<Opener, Error> {
         let secrets = match &mut self.agreed {
             Agreed::AsClient(agreed) => agreed.update_rx_secret(),
@@ -111,12 +108,7 @@ impl Opener {
         suite: &Tls13CipherSuite,
         (sequence, secrets): (u64, ConnectionTrafficSecrets),
     ) -> Result<Self, Error> {
-        let (key, iv) = match secrets {
-            ConnectionTrafficSecrets::Aes128Gcm { key, iv }
-            | ConnectionTrafficSecrets::Aes256Gcm { key, iv }
-            | ConnectionTrafficSecrets::Chacha20Poly1305 { key, iv } => (key, iv),
-            _ => return Err(unknown_cipher()),
-        };
+        let (key, iv) = key_of(secrets)?;
         let cipher = suite.aead_alg.decrypter(key, iv);
         Ok(Self { cipher, sequence })
     }
@@ -153,12 +145,7 @@ impl Sealer {
         suite: &Tls13CipherSuite,
         (sequence, secrets): (u64, ConnectionTrafficSecrets),
     ) -> Result<Self, Error> {
-        let (key, iv) = match secrets {
-            ConnectionTrafficSecrets::Aes128Gcm { key, iv }
-            | ConnectionTrafficSecrets::Aes256Gcm { key, iv }
-            | ConnectionTrafficSecrets::Chacha20Poly1305 { key, iv } => (key, iv),
-            _ => return Err(unknown_cipher()),
-        };
+        let (key, iv) = key_of(secrets)?;
         Ok(Self {
             cipher: suite.aead_alg.encrypter(key, iv),
             sequence,
@@ -210,6 +197,11 @@ fn next(sequence: u64) -> Result<u64, Error> {
     sequence.checked_add(1).ok_or_else(over)
 }
 
-fn unknown_cipher() -> Error {
-    Error::General("a cipher without known keys".to_owned())
+fn key_of(secrets: ConnectionTrafficSecrets) -> Result<(AeadKey, Iv), Error> {
+    match secrets {
+        ConnectionTrafficSecrets::Aes128Gcm { key, iv }
+        | ConnectionTrafficSecrets::Aes256Gcm { key, iv }
+        | ConnectionTrafficSecrets::Chacha20Poly1305 { key, iv } => Ok((key, iv)),
+        _ => Err(Error::General("a cipher without known keys".to_owned())),
+    }
 }
