@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use clap::Args;
+use futures_util::future::BoxFuture;
 use thiserror::Error;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -144,7 +145,18 @@ pub enum AgentError {
 
 /// Runs the agent until `stop`, then lets live connections end for a while. The pods' connections are served by
 /// `workers`, all else on the runtime that this is called on.
-pub async fn run(
+///
+/// Boxed, so that what it awaits is compiled with this crate, and not once more with the program.
+pub fn run(
+    options: AgentOptions,
+    logging: &Logging,
+    workers: Arc<Workers>,
+    stop: CancellationToken,
+) -> BoxFuture<'_, Result<(), AgentError>> {
+    Box::pin(live(options, logging, workers, stop))
+}
+
+async fn live(
     options: AgentOptions,
     logging: &Logging,
     workers: Arc<Workers>,

@@ -11,6 +11,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use clap::{Args, Subcommand, ValueEnum};
+use futures_util::future::BoxFuture;
 use serde_json::{Value, json};
 use thiserror::Error;
 
@@ -145,9 +146,10 @@ pub enum CliError {
     Output(#[source] io::Error),
 }
 
-/// Asks the agent, and prints the answer to standard output.
-pub async fn run(command: Command) -> Result<(), CliError> {
-    run_to(command, &mut io::stdout(), &mut io::stderr()).await
+/// Asks the agent, and prints the answer to standard output. Boxed, so that it is compiled here and not once more with
+/// the program.
+pub fn run(command: Command) -> BoxFuture<'static, Result<(), CliError>> {
+    Box::pin(async { run_to(command, &mut io::stdout(), &mut io::stderr()).await })
 }
 
 /// Asks the agent, and prints the answer to `out` and remarks on it to `remarks`.

@@ -11,6 +11,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use arc_swap::ArcSwap;
+use futures_util::future::BoxFuture;
 use thiserror::Error;
 use tokio::net::TcpListener;
 use tokio::sync::mpsc;
@@ -102,12 +103,12 @@ pub enum AuthorityError {
     Serve(#[from] tonic::transport::Error),
 }
 
-/// Runs a CA until `stop`.
-pub async fn serve(
+/// Runs a CA until `stop`. Boxed, so that it is compiled here and not once more with the program.
+pub fn serve(
     options: AuthorityOptions,
     stop: CancellationToken,
-) -> Result<(), AuthorityError> {
-    Authority::open(options).await?.run(stop).await
+) -> BoxFuture<'static, Result<(), AuthorityError>> {
+    Box::pin(async move { Authority::open(options).await?.run(stop).await })
 }
 
 /// A CA that listens; [`Self::run`] makes it answer.
