@@ -31,7 +31,6 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use self::brief::{Briefs, Pressure};
-use crate::fairness::{Clock, MachineClock};
 use crate::telemetry::{Labelled, Telemetry};
 
 thread_local! {
@@ -137,7 +136,6 @@ impl Workers {
             live: self.each.iter().map(|_| AtomicUsize::new(0)).collect(),
             briefs: Briefs::new(now),
             pressure: Pressure::new(now),
-            clock: MachineClock::default(),
             workers: self.clone(),
         }))
     }
@@ -206,7 +204,7 @@ const BRIEF_AHEAD: usize = 32;
 ///
 /// Where connections come and go, to give one away costs more than to serve it costs elsewhere: another thread is
 /// woken for it, and its frames go out alone on that worker's own tunnel. So, while those that ended lately were all
-/// brief, they stay at home, unless its thread has no time left.
+/// brief, they stay at home, unless it has no time left.
 #[derive(Debug)]
 pub struct Spread(Arc<Shared>);
 
@@ -218,7 +216,6 @@ struct Shared {
     live: Box<[AtomicUsize]>,
     briefs: Briefs,
     pressure: Pressure,
-    clock: MachineClock,
 }
 
 impl Spread {
@@ -255,7 +252,8 @@ impl Shared {
             return least;
         }
         let ahead = load(&self.home).0.saturating_sub(load(&least).0);
-        match ahead < BRIEF_AHEAD && !self.pressure.is_full(now, || self.clock.used()) {
+        let busy = || self.workers.each[self.home].busy();
+        match ahead < BRIEF_AHEAD && !self.pressure.is_full(now, busy) {
             true => self.home,
             false => least,
         }
@@ -390,7 +388,7 @@ mod tests {
         }
         assert_eq!(seat(now), 1, "they may be other than those before");
         assert_eq!(seat(now), 0);
-        let later = now + Duration::from_millis(10);
+        let later = now + Duration::from_secs(1);
         let busy = || Duration::from_secs(10);
         assert!(shared.pressure.is_full(later, busy));
         assert_eq!([seat(later), seat(later)], [1, 1], "no time is left there");

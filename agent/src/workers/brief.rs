@@ -55,21 +55,21 @@ impl Briefs {
     }
 }
 
-/// How often a thread's use of its processor is looked at.
-const LOOK: Duration = Duration::from_millis(10);
+/// How often it is looked how busy a worker was: what it says of itself may be some milliseconds old.
+const LOOK: Duration = Duration::from_millis(50);
 
-/// A thread that ran for more than so many percent of the time has nothing left. One that others keep from its
-/// processor has: there is no more of it elsewhere.
+/// A worker that had something to do for so many percent of the time has no time left, whether it ran or others kept
+/// it from its processor: another worker's thread may find one that is free.
 const FULL_PERCENT: u32 = 90;
 
-/// Whether a thread is at its end, as of the last look.
+/// Whether a worker has no time left, as of the last look.
 #[derive(Debug)]
 pub(super) struct Pressure(Mutex<Look>);
 
 #[derive(Debug)]
 struct Look {
     at: Instant,
-    used: Duration,
+    busy: Duration,
     is_full: bool,
 }
 
@@ -77,22 +77,22 @@ impl Pressure {
     pub fn new(now: Instant) -> Self {
         Self(Mutex::new(Look {
             at: now,
-            used: Duration::ZERO,
+            busy: Duration::ZERO,
             is_full: false,
         }))
     }
 
-    /// `used` is what the thread that asks has used of a processor, since some moment in the past.
-    pub fn is_full(&self, now: Instant, used: impl FnOnce() -> Duration) -> bool {
+    /// `busy` is for how long the worker has had something to do, since some moment in the past.
+    pub fn is_full(&self, now: Instant, busy: impl FnOnce() -> Duration) -> bool {
         let mut look = self.0.lock();
         let passed = now.saturating_duration_since(look.at);
         if passed >= LOOK {
-            let used = used();
-            let ran = used.saturating_sub(look.used);
+            let busy = busy();
+            let lately = busy.saturating_sub(look.busy);
             *look = Look {
                 at: now,
-                used,
-                is_full: ran * 100 >= passed * FULL_PERCENT,
+                busy,
+                is_full: lately * 100 >= passed * FULL_PERCENT,
             };
         }
         look.is_full
@@ -121,19 +121,19 @@ mod tests {
     }
 
     #[test]
-    fn a_thread_is_full_when_it_ran_nearly_all_the_time_since_the_last_look() {
+    fn a_worker_is_full_when_it_was_busy_nearly_all_the_time_since_the_last_look() {
         let mut now = Instant::now();
         let pressure = Pressure::new(now);
         let unasked = || panic!("it was looked just now");
         assert!(!pressure.is_full(now + LOOK / 2, unasked));
-        let mut used = Duration::from_secs(7);
+        let mut busy = Duration::from_secs(7);
         // What was before the first look tells nothing.
         now += 1_000 * LOOK;
-        assert!(!pressure.is_full(now, || used));
+        assert!(!pressure.is_full(now, || busy));
         for (share, expected) in [(95, true), (50, false), (100, true), (0, false)] {
             now += LOOK;
-            used += LOOK * share / 100;
-            assert_eq!(pressure.is_full(now, || used), expected, "{share} %");
+            busy += LOOK * share / 100;
+            assert_eq!(pressure.is_full(now, || busy), expected, "{share} %");
             assert_eq!(pressure.is_full(now + LOOK / 2, unasked), expected);
         }
     }
