@@ -3,7 +3,7 @@
 use aya_ebpf::{
     EbpfContext as _,
     bindings::bpf_sock,
-    helpers::{bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_set_retval},
+    helpers::{bpf_get_netns_cookie, bpf_set_retval},
     macros::cgroup_sock_addr,
     programs::SockAddrContext,
 };
@@ -13,7 +13,7 @@ use undermesh_common::{
 
 use crate::{
     context,
-    maps::{PODS, count, intent, is_mesh, listens},
+    maps::{PODS, count, is_mesh, listens},
     mark, probe, trace,
 };
 
@@ -55,19 +55,24 @@ fn connect(
     if protocol != IPPROTO_TCP {
         return ALLOW;
     }
+    // SAFETY: the kernel's context, valid while the program runs.
+    let sk = unsafe { (*ctx.sock_addr).__bindgen_anon_1.sk };
+    let is_agents = mark::noted(sk).is_some_and(Note::is_of_agent);
     // SAFETY: the helper takes this hook's context.
     let netns_cookie = unsafe { bpf_get_netns_cookie(ctx.as_ptr()) };
     // SAFETY: a pod's entry may be replaced meanwhile; its memory stays until the program returns.
     let Some(pod) = (unsafe { PODS.get(netns_cookie) }) else {
-        probe::connect(ctx, netns_cookie, target(ctx, &destination));
+        if !is_agents {
+            probe::connect(ctx, netns_cookie, target(ctx, &destination));
+        }
         return ALLOW;
     };
+    if is_agents {
+        // It sets marks of its own on its sockets: leave them, and what it noted.
+        count(Verdict::ConnectOwnSocket);
+        return ALLOW;
+    }
     let verdict = match decide(ctx, netns_cookie, pod, &destination, source) {
-        // The agent sets marks of its own on its sockets: leave them.
-        Verdict::ConnectOwnSocket => {
-            count(Verdict::ConnectOwnSocket);
-            return ALLOW;
-        }
         Verdict::ConnectCaptured => capture(ctx, pod),
         verdict => {
             release(ctx);
@@ -96,11 +101,6 @@ fn decide(
     destination: &Address,
     source: impl FnOnce(*mut bpf_sock) -> Address,
 ) -> Verdict {
-    // SAFETY: the helper takes this hook's context.
-    let socket_cookie = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
-    if intent(socket_cookie).is_some() {
-        return Verdict::ConnectOwnSocket;
-    }
     if pod.owns(destination) {
         // SAFETY: the kernel's context, valid while the program runs.
         let sk = unsafe { (*ctx.sock_addr).__bindgen_anon_1.sk };

@@ -91,11 +91,13 @@ pub fn note(sk: *mut bpf_sock, note: Note) -> Result<(), Refused> {
     Ok(())
 }
 
-/// What is noted on the socket: a [`Note`] as number.
+/// What is noted on the socket.
 #[inline(always)]
-pub fn noted(sk: *mut bpf_sock) -> Option<u32> {
-    // SAFETY: `sk` is the hook's own socket, checked by the caller not to be null; without the
-    // flag the helper only reads.
+pub fn noted(sk: *mut bpf_sock) -> Option<Note> {
+    if sk.is_null() {
+        return None;
+    }
+    // SAFETY: `sk` is the hook's own socket and not null; without the flag the helper only reads.
     let stored = unsafe {
         bpf_sk_storage_get(
             (&raw const NOTES).cast_mut().cast(),
@@ -109,7 +111,7 @@ pub fn noted(sk: *mut bpf_sock) -> Option<u32> {
         return None;
     }
     // SAFETY: the socket's own storage, checked not to be null; it lives as long as the socket.
-    Some(unsafe { *stored })
+    Note::of(unsafe { *stored })
 }
 
 /// Takes the note off.

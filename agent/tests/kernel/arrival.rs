@@ -6,9 +6,7 @@ use std::os::fd::AsFd as _;
 use std::time::{Duration, Instant};
 
 use socket2::{Domain, Socket, Type};
-use undermesh::capture::kernel::{
-    CAPTURE_MARK, Family, HBONE_PORT, Intent, Kernel, ListenerKind, socket_cookie,
-};
+use undermesh::capture::kernel::{CAPTURE_MARK, Family, HBONE_PORT, Intent, Kernel, ListenerKind};
 use undermesh::mesh::Mode;
 
 use crate::fixture::{
@@ -16,7 +14,7 @@ use crate::fixture::{
     wait_for,
 };
 
-/// Opens a connection as the agent does: registered until connect(2) has returned.
+/// Opens a connection as the agent does: declared before connect(2).
 fn dial(
     kernel: &Kernel,
     from: &Namespace,
@@ -30,8 +28,7 @@ fn dial(
     if let Some(source) = source {
         socket.bind(&source.into())?;
     }
-    let cookie = socket_cookie(socket.as_fd())?;
-    let _registration = kernel.register(cookie, Intent::Admitted).unwrap();
+    kernel.declare(socket.as_fd(), Intent::Admitted).unwrap();
     socket.connect_timeout(&destination.into(), LIMIT)?;
     Ok(socket)
 }
@@ -181,10 +178,8 @@ fn the_tuple_of_a_delivery_does_not_admit_a_stranger_from_the_network() {
     delivery.set_mark(CAPTURE_MARK).unwrap();
     delivery.set_nonblocking(true).unwrap();
     delivery.bind(&client.into()).unwrap();
-    let cookie = socket_cookie(delivery.as_fd()).unwrap();
-    let registration = kernel.register(cookie, Intent::Admitted).unwrap();
+    kernel.declare(delivery.as_fd(), Intent::Admitted).unwrap();
     let _ = delivery.connect(&destination.into());
-    drop(registration);
     wait_for(&kernel, "tuple_admitted", 1);
     let stranger = fixture
         .peer

@@ -4,12 +4,14 @@ use std::io;
 use std::os::fd::BorrowedFd;
 
 use aya::Pod;
-use aya::maps::{HashMap, MapData, MapError, PerCpuArray, PerCpuHashMap, PerCpuValues, SockHash};
+use aya::maps::{
+    HashMap, MapData, MapError, PerCpuArray, PerCpuHashMap, PerCpuValues, SkStorage, SockHash,
+};
 use aya::util::nr_cpus;
 use parking_lot::Mutex;
 use undermesh_common::{
-    Address, Admission, DestinationClass, ListenerKey, NativeKey, NativeTraffic, Target, Tuple,
-    Verdict, bounds,
+    Address, Admission, DestinationClass, ListenerKey, NativeKey, NativeTraffic, Note, Target,
+    Tuple, Verdict, bounds,
 };
 
 use super::{KernelError, object::Loaded, probes::Probes};
@@ -99,6 +101,24 @@ impl Listeners {
     }
 }
 
+/// What is noted on sockets.
+pub(super) struct Notes {
+    map: Mutex<SkStorage<MapData, u32>>,
+}
+
+impl Notes {
+    const NAME: &'static str = "NOTES";
+
+    /// Notes it on the socket, in place of what was noted before. It goes with the socket.
+    pub(super) fn put(&self, socket: BorrowedFd<'_>, note: Note) -> Result<(), KernelError> {
+        let result = self.map.lock().insert(&socket, note as u32, 0);
+        result.map_err(|source| KernelError::Map {
+            map: Self::NAME,
+            source,
+        })
+    }
+}
+
 /// Native traffic of the pods.
 pub(super) struct Native {
     map: Mutex<PerCpuHashMap<MapData, NativeKey, NativeTraffic>>,
@@ -165,7 +185,7 @@ const BPF_NOEXIST: u32 = 1;
 pub(super) struct Maps {
     pub(super) pods: Table<u64, undermesh_common::Pod>,
     pub(super) targets: Table<Target, u32>,
-    pub(super) intents: Table<u64, u32>,
+    pub(super) notes: Notes,
     pub(super) admitted: Table<Tuple, Admission>,
     pub(super) listeners: Listeners,
     pub(super) native: Native,
@@ -180,6 +200,10 @@ impl Maps {
             map: Listeners::NAME,
             source,
         };
+        let notes = |source| KernelError::Map {
+            map: Notes::NAME,
+            source,
+        };
         let native = |source| KernelError::Map {
             map: Native::NAME,
             source,
@@ -191,7 +215,9 @@ impl Maps {
         Ok(Self {
             pods: Table::new(loaded, "PODS", bounds::PODS)?,
             targets: Table::new(loaded, "TARGETS", bounds::TARGETS)?,
-            intents: Table::new(loaded, "INTENTS", bounds::INTENTS)?,
+            notes: Notes {
+                map: Mutex::new(SkStorage::try_from(loaded.take_map(Notes::NAME)?).map_err(notes)?),
+            },
             admitted: Table::new(loaded, "ADMITTED", bounds::ADMITTED)?,
             listeners: Listeners {
                 map: Mutex::new(

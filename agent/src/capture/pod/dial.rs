@@ -2,6 +2,7 @@
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};
+use std::os::fd::AsFd as _;
 use std::time::Duration;
 
 use socket2::Socket;
@@ -77,7 +78,7 @@ pub enum DialError {
     /// The pod's network namespace cannot be used.
     #[error(transparent)]
     Netns(#[from] NetnsError),
-    /// The kernel side refused the socket's registration.
+    /// The kernel side refused to note whose socket it is.
     #[error(transparent)]
     Kernel(#[from] KernelError),
     /// Anything else, at connect or before.
@@ -274,8 +275,7 @@ impl EnrolledPod {
         made.map_err(|error| dial_error(destination, error))
     }
 
-    /// Sends the SYN. By the time connect(2) returns, the hooks have run: the kernel side need not
-    /// know the socket any longer.
+    /// Sends the SYN, after the kernel side was told whose socket it is.
     fn start(
         &self,
         socket: &Socket,
@@ -283,9 +283,7 @@ impl EnrolledPod {
         intent: Intent,
     ) -> Result<(), DialError> {
         let failed = |error| dial_error(destination, error);
-        let _registration = self
-            .kernel
-            .register(socket.cookie().map_err(failed)?, intent)?;
+        self.kernel.declare(socket.as_fd(), intent)?;
         match socket.connect(&destination.into()) {
             Err(error) if error.raw_os_error() == Some(libc::EINPROGRESS) => Ok(()),
             other => other.map_err(failed),
