@@ -91,6 +91,8 @@ pub enum Intent {
     Own,
     /// Own, and its tuple is admitted at the destination pod from before its SYN until it is closed.
     Admitted,
+    /// Admitted, and to the app of the socket's own pod over lo, from a foreign address: it bears the mark.
+    Delivery,
 }
 
 impl Intent {
@@ -100,6 +102,7 @@ impl Intent {
         match self {
             Self::Own => Note::Own,
             Self::Admitted => Note::Admitted,
+            Self::Delivery => Note::Delivery,
         }
     }
 }
@@ -118,6 +121,18 @@ pub enum Note {
     Own = 3,
     /// The agent's: see [`Intent::Admitted`].
     Admitted = 4,
+    /// The agent's: see [`Intent::Delivery`].
+    Delivery = 5,
+}
+
+/// When the agent's connections ask a silent peer whether it is there.
+pub mod keepalive {
+    /// After so many seconds without a word from the peer …
+    pub const IDLE_SECONDS: u32 = 30;
+    /// … so often …
+    pub const INTERVAL_SECONDS: u32 = 10;
+    /// … and it is given up after so many unanswered questions.
+    pub const RETRIES: u32 = 3;
 }
 
 impl Note {
@@ -130,15 +145,21 @@ impl Note {
             2 => Some(Self::Probe),
             3 => Some(Self::Own),
             4 => Some(Self::Admitted),
+            5 => Some(Self::Delivery),
             _ => None,
         }
     }
 
-    /// Whether the agent wrote it: the hooks write the others.
+    /// The agent's intent, if it wrote it: the hooks write the others.
     #[inline(always)]
     #[must_use]
-    pub const fn is_of_agent(self) -> bool {
-        matches!(self, Self::Own | Self::Admitted)
+    pub const fn intent(self) -> Option<Intent> {
+        match self {
+            Self::Captured | Self::Probe => None,
+            Self::Own => Some(Intent::Own),
+            Self::Admitted => Some(Intent::Admitted),
+            Self::Delivery => Some(Intent::Delivery),
+        }
     }
 }
 
@@ -173,15 +194,22 @@ mod tests {
 
     #[test]
     fn a_note_is_known_by_its_number_and_what_the_agent_intends_is_noted_as_its_own() {
-        for note in [Note::Captured, Note::Probe, Note::Own, Note::Admitted] {
+        for note in [
+            Note::Captured,
+            Note::Probe,
+            Note::Own,
+            Note::Admitted,
+            Note::Delivery,
+        ] {
             assert_eq!(Note::of(note as u32), Some(note));
         }
         assert_eq!(Note::of(0), None);
         assert_eq!(Note::of(99), None);
-        for intent in [Intent::Own, Intent::Admitted] {
-            assert!(intent.note().is_of_agent());
+        for intent in [Intent::Own, Intent::Admitted, Intent::Delivery] {
+            assert_eq!(intent.note().intent(), Some(intent));
         }
-        assert!(!Note::Captured.is_of_agent() && !Note::Probe.is_of_agent());
+        assert_eq!(Note::Captured.intent(), None);
+        assert_eq!(Note::Probe.intent(), None);
     }
 
     #[test]

@@ -8,13 +8,13 @@ use aya_ebpf::{
     programs::SockAddrContext,
 };
 use undermesh_common::{
-    Address, IPPROTO_TCP, ListenerKey, ListenerKind, Mode, Note, Pod, Target, Verdict,
+    Address, IPPROTO_TCP, Intent, ListenerKey, ListenerKind, Mode, Note, Pod, Target, Verdict,
 };
 
 use crate::{
     context,
     maps::{PODS, count, is_mesh, listens},
-    mark, probe, trace,
+    mark, own, probe, trace,
 };
 
 const ALLOW: i32 = 1;
@@ -57,21 +57,16 @@ fn connect(
     }
     // SAFETY: the kernel's context, valid while the program runs.
     let sk = unsafe { (*ctx.sock_addr).__bindgen_anon_1.sk };
-    let is_agents = mark::noted(sk).is_some_and(Note::is_of_agent);
+    if let Some(intent) = mark::noted(sk).and_then(Note::intent) {
+        return connect_own(ctx, intent);
+    }
     // SAFETY: the helper takes this hook's context.
     let netns_cookie = unsafe { bpf_get_netns_cookie(ctx.as_ptr()) };
     // SAFETY: a pod's entry may be replaced meanwhile; its memory stays until the program returns.
     let Some(pod) = (unsafe { PODS.get(netns_cookie) }) else {
-        if !is_agents {
-            probe::connect(ctx, netns_cookie, target(ctx, &destination));
-        }
+        probe::connect(ctx, netns_cookie, target(ctx, &destination));
         return ALLOW;
     };
-    if is_agents {
-        // It sets marks of its own on its sockets: leave them, and what it noted.
-        count(Verdict::ConnectOwnSocket);
-        return ALLOW;
-    }
     let verdict = match decide(ctx, netns_cookie, pod, &destination, source) {
         Verdict::ConnectCaptured => capture(ctx, pod),
         verdict => {
@@ -91,6 +86,22 @@ fn connect(
         }
         _ => ALLOW,
     }
+}
+
+/// The agent's own socket: what it noted stays, and nothing is captured.
+#[inline(always)]
+fn connect_own(ctx: &SockAddrContext, intent: Intent) -> i32 {
+    if own::prepare(ctx, intent).is_err() {
+        count(Verdict::ConnectOwnSocketFailed);
+        return DENY;
+    }
+    // SAFETY: the helper takes this hook's context.
+    let netns_cookie = unsafe { bpf_get_netns_cookie(ctx.as_ptr()) };
+    // SAFETY: only presence is asked.
+    if unsafe { PODS.get(netns_cookie) }.is_some() {
+        count(Verdict::ConnectOwnSocket);
+    }
+    ALLOW
 }
 
 #[inline(always)]

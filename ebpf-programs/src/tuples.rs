@@ -44,7 +44,7 @@ fn connecting(ctx: &SockOpsContext) {
             Ok(Change::Written) => count(Verdict::MarkRestored),
             Err(_) => count(Verdict::MarkRestoreFailed),
         },
-        Some(Note::Probe | Note::Admitted) => admit(ctx),
+        Some(Note::Probe | Note::Admitted | Note::Delivery) => admit(ctx),
         Some(Note::Own) => {}
         None => native::watch(ctx, sk),
     }

@@ -227,6 +227,54 @@ fn the_agents_declared_socket_is_not_captured_and_keeps_its_marks() {
 }
 
 #[test]
+fn the_hook_gives_the_agents_sockets_their_options_and_no_others() {
+    let fixture = Fixture::new();
+    let kernel = fixture.load();
+    fixture.enrol(&kernel, Mode::Strict);
+    for (peer, own) in [
+        (IpAddr::from(PEER_V4), IpAddr::from(POD_V4)),
+        (PEER_V6.into(), POD_V6.into()),
+    ] {
+        for (intent, server, mark, keepalive) in [
+            (Intent::Own, fixture.peer.bind(peer), 0x40, true),
+            (Intent::Admitted, fixture.peer.bind(peer), 0x40, true),
+            (
+                Intent::Delivery,
+                fixture.pod.bind(own),
+                0x40 | CAPTURE_MARK,
+                false,
+            ),
+        ] {
+            let destination = server.local_addr().unwrap();
+            let socket = fixture.pod.enter(|| {
+                let domain = Domain::for_address(destination);
+                let socket = Socket::new(domain, Type::STREAM, None).unwrap();
+                socket.set_mark(0x40).unwrap();
+                socket
+            });
+            kernel.declare(socket.as_fd(), intent).unwrap();
+            socket.connect_timeout(&destination.into(), LIMIT).unwrap();
+            assert_eq!(socket.mark().unwrap(), mark, "{intent:?}");
+            assert!(socket.tcp_nodelay().unwrap(), "{intent:?}");
+            assert_eq!(socket.keepalive().unwrap(), keepalive, "{intent:?}");
+            if keepalive {
+                let seconds = Duration::from_secs;
+                assert_eq!(socket.tcp_keepalive_time().unwrap(), seconds(30));
+                assert_eq!(socket.tcp_keepalive_interval().unwrap(), seconds(10));
+                assert_eq!(socket.tcp_keepalive_retries().unwrap(), 3);
+            }
+            accept(&server);
+            // An app's socket is left as it is.
+            let app = fixture.pod.connect(destination).unwrap();
+            assert!(!app.nodelay().unwrap());
+            accept(&server);
+        }
+    }
+    assert_eq!(counters(&kernel)["connect_own_socket"], 6);
+    assert_eq!(counters(&kernel)["connect_own_socket_failed"], 0);
+}
+
+#[test]
 fn without_a_listener_a_strict_pod_is_refused_at_once() {
     let fixture = Fixture::new();
     let kernel = fixture.load();

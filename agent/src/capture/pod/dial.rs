@@ -154,7 +154,7 @@ impl EnrolledPod {
         self.start(&socket, destination, intent)?;
         let at_once = match intent {
             Intent::Own => AtOnce::No,
-            Intent::Admitted => answered(&socket, destination)?,
+            Intent::Admitted | Intent::Delivery => answered(&socket, destination)?,
         };
         established(socket, at_once).await.map_err(failed)
     }
@@ -209,7 +209,7 @@ impl EnrolledPod {
             let source = SocketAddr::new(client, port);
             let started = sockets::bind_as_client(&socket, source, self.addresses)
                 .map_err(|error| dial_error(destination, error))
-                .and_then(|()| self.start(&socket, destination, Intent::Admitted));
+                .and_then(|()| self.start(&socket, destination, Intent::Delivery));
             match started {
                 Ok(()) => {}
                 Err(DialError::NoSourcePort(_)) => {
