@@ -91,7 +91,7 @@ pub enum Intent {
     Own,
     /// Own, and its tuple is admitted at the destination pod from before its SYN until it is closed.
     Admitted,
-    /// Admitted, and to the app of the socket's own pod over lo, from a foreign address: it bears the mark.
+    /// Admitted, and to the app of the socket's own pod over lo, as from its client: it bears the mark.
     Delivery,
 }
 

@@ -58,7 +58,7 @@ fn connect(
     // SAFETY: the kernel's context, valid while the program runs.
     let sk = unsafe { (*ctx.sock_addr).__bindgen_anon_1.sk };
     if let Some(intent) = mark::noted(sk).and_then(Note::intent) {
-        return connect_own(ctx, intent);
+        return connect_own(ctx, intent, || source(sk));
     }
     // SAFETY: the helper takes this hook's context.
     let netns_cookie = unsafe { bpf_get_netns_cookie(ctx.as_ptr()) };
@@ -90,15 +90,16 @@ fn connect(
 
 /// The agent's own socket: what it noted stays, and nothing is captured.
 #[inline(always)]
-fn connect_own(ctx: &SockAddrContext, intent: Intent) -> i32 {
-    if own::prepare(ctx, intent).is_err() {
+fn connect_own(ctx: &SockAddrContext, intent: Intent, source: impl FnOnce() -> Address) -> i32 {
+    // SAFETY: the helper takes this hook's context.
+    let netns_cookie = unsafe { bpf_get_netns_cookie(ctx.as_ptr()) };
+    // SAFETY: a pod's entry may be replaced meanwhile; its memory stays until the program returns.
+    let pod = unsafe { PODS.get(netns_cookie) };
+    if own::prepare(ctx, intent, || pod.is_some_and(|pod| pod.has(&source()))).is_err() {
         count(Verdict::ConnectOwnSocketFailed);
         return DENY;
     }
-    // SAFETY: the helper takes this hook's context.
-    let netns_cookie = unsafe { bpf_get_netns_cookie(ctx.as_ptr()) };
-    // SAFETY: only presence is asked.
-    if unsafe { PODS.get(netns_cookie) }.is_some() {
+    if pod.is_some() {
         count(Verdict::ConnectOwnSocket);
     }
     ALLOW

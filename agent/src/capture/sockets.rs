@@ -207,15 +207,10 @@ pub fn bind_own(socket: &Socket, own: IpAddr, destination: SocketAddr) -> io::Re
     socket.bind(&SocketAddr::new(own, 0).into())
 }
 
-/// Binds a socket to the client's address, in the client's pod's stead. The connect hook marks it.
-pub fn bind_as_client(socket: &Socket, client: SocketAddr, own: PodAddresses) -> io::Result<()> {
+/// Binds a socket to the client's address, in the client's pod's stead. The connect hook marks it, and binds it to lo.
+pub fn bind_as_client(socket: &Socket, client: SocketAddr) -> io::Result<()> {
     socket.set_linger(Some(Duration::ZERO))?;
     set_transparent(socket, family(client.ip()))?;
-    // Without it the SYN may loop; with it, when the client is the pod itself, the SYN-ACK never
-    // matches.
-    if !own.contains(client.ip()) {
-        socket.bind_device(Some(b"lo"))?;
-    }
     // Deliveries to several ports of the app may have one source, and a server that binds its port
     // again need not wait for ours.
     socket.set_reuse_address(true)?;

@@ -253,9 +253,14 @@ fn the_hook_gives_the_agents_sockets_their_options_and_no_others() {
                 socket
             });
             kernel.declare(socket.as_fd(), intent).unwrap();
+            if intent == Intent::Delivery {
+                // The client is the pod itself: over lo its own SYN-ACK would not find it.
+                socket.bind(&SocketAddr::new(own, 0).into()).unwrap();
+            }
             socket.connect_timeout(&destination.into(), LIMIT).unwrap();
             assert_eq!(socket.mark().unwrap(), mark, "{intent:?}");
             assert!(socket.tcp_nodelay().unwrap(), "{intent:?}");
+            assert_eq!(socket.device().unwrap(), None, "{intent:?}");
             assert_eq!(socket.keepalive().unwrap(), keepalive, "{intent:?}");
             if keepalive {
                 let seconds = Duration::from_secs;

@@ -207,7 +207,7 @@ impl EnrolledPod {
             };
             let socket = self.socket(destination).await?;
             let source = SocketAddr::new(client, port);
-            let started = sockets::bind_as_client(&socket, source, self.addresses)
+            let started = sockets::bind_as_client(&socket, source)
                 .map_err(|error| dial_error(destination, error))
                 .and_then(|()| self.start(&socket, destination, Intent::Delivery));
             match started {
