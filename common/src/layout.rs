@@ -13,8 +13,6 @@ pub mod bounds {
     pub const PODS: u32 = 4096;
     /// Destinations of the mesh. At the bound the agent keeps the former set, with this as reason.
     pub const TARGETS: u32 = 1 << 18;
-    /// Sockets of the agent between registration and the return of connect(2).
-    pub const INTENTS: u32 = 1 << 16;
     /// Admitted connections, as long as they are open. At the bound a connection is not admitted
     /// and its destination refuses it.
     pub const ADMITTED: u32 = 1 << 18;
@@ -34,7 +32,7 @@ pub mod bounds {
 }
 
 /// Meaning of the ABI; raised by hand when the same bytes come to mean something else.
-const VERSION: u64 = 2;
+const VERSION: u64 = 3;
 
 /// Hash over version, sizes, bounds, and the names of the verdicts. Pins lie below a directory of
 /// this name, so that an agent never takes over maps of another shape.
@@ -53,7 +51,6 @@ pub const LAYOUT: u64 = {
         size_of::<NativeTraffic>() as u64,
         bounds::PODS as u64,
         bounds::TARGETS as u64,
-        bounds::INTENTS as u64,
         bounds::ADMITTED as u64,
         bounds::LISTENERS as u64,
         bounds::NATIVE as u64,

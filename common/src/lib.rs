@@ -18,7 +18,7 @@ pub use keys::{Admission, ListenerKey, ListenerKind, Scope, Target, Tuple};
 pub use layout::{LAYOUT, LAYOUT_TAG, bounds};
 pub use lookup::{Arrival, Route};
 pub use native::{DestinationClass, NativeConnection, NativeKey, NativeTraffic};
-pub use pod::{Intent, Mode, Note, Pod, PodConstants};
+pub use pod::{Intent, Mode, Note, Pod, PodConstants, keepalive};
 pub use verdict::Verdict;
 
 /// The bit in a socket's mark that sends its packets over `lo` to the agent. One bit, OR-ed in, so

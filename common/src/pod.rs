@@ -84,19 +84,32 @@ pub struct PodConstants {
     pub pod: Pod,
 }
 
-/// Why the agent connects: value of the intent map, whose key is the socket's cookie. A process
-/// cannot choose its sockets' cookies, so this cannot be forged as a mark can.
-#[repr(u32)]
+/// Why the agent connects. It notes that itself, in the storage of its socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Intent {
     /// The agent's own upstream socket: never captured.
-    Own = 1,
+    Own,
     /// Own, and its tuple is admitted at the destination pod from before its SYN until it is closed.
-    Admitted = 2,
+    Admitted,
+    /// Admitted, and to the app of the socket's own pod over lo, as from its client: it bears the mark.
+    Delivery,
 }
 
-/// What the connect hook notes in a socket's storage for `sock_ops`. It goes with the socket, so a
-/// connect that fails before its SYN leaves nothing behind.
+impl Intent {
+    /// How it is noted.
+    #[must_use]
+    pub const fn note(self) -> Note {
+        match self {
+            Self::Own => Note::Own,
+            Self::Admitted => Note::Admitted,
+            Self::Delivery => Note::Delivery,
+        }
+    }
+}
+
+/// What a socket's storage says about it to the hooks: written by the connect hook, or by the agent before it
+/// connects. Only who has the map and the socket can write it, so it cannot be forged as a mark can. It goes
+/// with the socket, so a connect that fails before its SYN leaves nothing behind.
 #[repr(u32)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Note {
@@ -104,6 +117,50 @@ pub enum Note {
     Captured = 1,
     /// A probing cgroup's connection to a declared probe port: its tuple is admitted.
     Probe = 2,
+    /// The agent's: see [`Intent::Own`].
+    Own = 3,
+    /// The agent's: see [`Intent::Admitted`].
+    Admitted = 4,
+    /// The agent's: see [`Intent::Delivery`].
+    Delivery = 5,
+}
+
+/// When the agent's connections ask a silent peer whether it is there.
+pub mod keepalive {
+    /// After so many seconds without a word from the peer …
+    pub const IDLE_SECONDS: u32 = 30;
+    /// … so often …
+    pub const INTERVAL_SECONDS: u32 = 10;
+    /// … and it is given up after so many unanswered questions.
+    pub const RETRIES: u32 = 3;
+}
+
+impl Note {
+    /// The note of this number.
+    #[inline(always)]
+    #[must_use]
+    pub const fn of(number: u32) -> Option<Self> {
+        match number {
+            1 => Some(Self::Captured),
+            2 => Some(Self::Probe),
+            3 => Some(Self::Own),
+            4 => Some(Self::Admitted),
+            5 => Some(Self::Delivery),
+            _ => None,
+        }
+    }
+
+    /// The agent's intent, if it wrote it: the hooks write the others.
+    #[inline(always)]
+    #[must_use]
+    pub const fn intent(self) -> Option<Intent> {
+        match self {
+            Self::Captured | Self::Probe => None,
+            Self::Own => Some(Intent::Own),
+            Self::Admitted => Some(Intent::Admitted),
+            Self::Delivery => Some(Intent::Delivery),
+        }
+    }
 }
 
 #[cfg(feature = "user")]
@@ -133,6 +190,26 @@ mod tests {
         assert_eq!(pod.mode(), Mode::Permissive);
         pod.mode = 99;
         assert_eq!(pod.mode(), Mode::Strict);
+    }
+
+    #[test]
+    fn a_note_is_known_by_its_number_and_what_the_agent_intends_is_noted_as_its_own() {
+        for note in [
+            Note::Captured,
+            Note::Probe,
+            Note::Own,
+            Note::Admitted,
+            Note::Delivery,
+        ] {
+            assert_eq!(Note::of(note as u32), Some(note));
+        }
+        assert_eq!(Note::of(0), None);
+        assert_eq!(Note::of(99), None);
+        for intent in [Intent::Own, Intent::Admitted, Intent::Delivery] {
+            assert_eq!(intent.note().intent(), Some(intent));
+        }
+        assert_eq!(Note::Captured.intent(), None);
+        assert_eq!(Note::Probe.intent(), None);
     }
 
     #[test]

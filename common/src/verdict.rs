@@ -37,6 +37,8 @@ verdicts! {
     ConnectForeignSourceRefused = "connect_foreign_source_refused",
     /// connect: one of the agent's sockets; native.
     ConnectOwnSocket = "connect_own_socket",
+    /// connect: one of the agent's sockets, of which the kernel refused an option; EPERM.
+    ConnectOwnSocketFailed = "connect_own_socket_failed",
     /// connect: the pod has no address of the destination's family; native.
     ConnectFamilyAbsent = "connect_family_absent",
     /// connect: the agent does not listen, the pod is permissive; native.

@@ -3,18 +3,18 @@
 use aya_ebpf::{
     EbpfContext as _,
     bindings::bpf_sock,
-    helpers::{bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_set_retval},
+    helpers::{bpf_get_netns_cookie, bpf_set_retval},
     macros::cgroup_sock_addr,
     programs::SockAddrContext,
 };
 use undermesh_common::{
-    Address, IPPROTO_TCP, ListenerKey, ListenerKind, Mode, Note, Pod, Target, Verdict,
+    Address, IPPROTO_TCP, Intent, ListenerKey, ListenerKind, Mode, Note, Pod, Target, Verdict,
 };
 
 use crate::{
     context,
-    maps::{PODS, count, intent, is_mesh, listens},
-    mark, probe, trace,
+    maps::{PODS, count, is_mesh, listens},
+    mark, own, probe, trace,
 };
 
 const ALLOW: i32 = 1;
@@ -55,6 +55,11 @@ fn connect(
     if protocol != IPPROTO_TCP {
         return ALLOW;
     }
+    // SAFETY: the kernel's context, valid while the program runs.
+    let sk = unsafe { (*ctx.sock_addr).__bindgen_anon_1.sk };
+    if let Some(intent) = mark::noted(sk).and_then(Note::intent) {
+        return connect_own(ctx, intent, || source(sk));
+    }
     // SAFETY: the helper takes this hook's context.
     let netns_cookie = unsafe { bpf_get_netns_cookie(ctx.as_ptr()) };
     // SAFETY: a pod's entry may be replaced meanwhile; its memory stays until the program returns.
@@ -63,11 +68,6 @@ fn connect(
         return ALLOW;
     };
     let verdict = match decide(ctx, netns_cookie, pod, &destination, source) {
-        // The agent sets marks of its own on its sockets: leave them.
-        Verdict::ConnectOwnSocket => {
-            count(Verdict::ConnectOwnSocket);
-            return ALLOW;
-        }
         Verdict::ConnectCaptured => capture(ctx, pod),
         verdict => {
             release(ctx);
@@ -88,6 +88,23 @@ fn connect(
     }
 }
 
+/// The agent's own socket: what it noted stays, and nothing is captured.
+#[inline(always)]
+fn connect_own(ctx: &SockAddrContext, intent: Intent, source: impl FnOnce() -> Address) -> i32 {
+    // SAFETY: the helper takes this hook's context.
+    let netns_cookie = unsafe { bpf_get_netns_cookie(ctx.as_ptr()) };
+    // SAFETY: a pod's entry may be replaced meanwhile; its memory stays until the program returns.
+    let pod = unsafe { PODS.get(netns_cookie) };
+    if own::prepare(ctx, intent, || pod.is_some_and(|pod| pod.has(&source()))).is_err() {
+        count(Verdict::ConnectOwnSocketFailed);
+        return DENY;
+    }
+    if pod.is_some() {
+        count(Verdict::ConnectOwnSocket);
+    }
+    ALLOW
+}
+
 #[inline(always)]
 fn decide(
     ctx: &SockAddrContext,
@@ -96,11 +113,6 @@ fn decide(
     destination: &Address,
     source: impl FnOnce(*mut bpf_sock) -> Address,
 ) -> Verdict {
-    // SAFETY: the helper takes this hook's context.
-    let socket_cookie = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
-    if intent(socket_cookie).is_some() {
-        return Verdict::ConnectOwnSocket;
-    }
     if pod.owns(destination) {
         // SAFETY: the kernel's context, valid while the program runs.
         let sk = unsafe { (*ctx.sock_addr).__bindgen_anon_1.sk };

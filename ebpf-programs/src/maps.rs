@@ -24,11 +24,6 @@ pub static PODS: HashMap<u64, Pod> = HashMap::with_max_entries(bounds::PODS, BPF
 pub static TARGETS: HashMap<Target, u32> =
     HashMap::with_max_entries(bounds::TARGETS, BPF_F_NO_PREALLOC);
 
-/// The agent's sockets that are about to connect, by cookie; the value is an `Intent`.
-#[map]
-pub static INTENTS: HashMap<u64, u32> =
-    HashMap::with_max_entries(bounds::INTENTS, BPF_F_NO_PREALLOC);
-
 /// Connections that pass to the app.
 #[map]
 pub static ADMITTED: HashMap<Tuple, Admission> =
@@ -67,7 +62,7 @@ pub static WATCHED: SkStorage<NativeConnection> = SkStorage::new();
 pub static NODE_ADDRESSES: HashMap<Address, u32> =
     HashMap::with_max_entries(bounds::NODE_ADDRESSES, BPF_F_NO_PREALLOC);
 
-/// What the connect hook noted on a socket: a `Note`.
+/// What the connect hook, or the agent, noted on a socket: a `Note`.
 #[btf_map]
 pub static NOTES: SkStorage<u32> = SkStorage::new();
 
@@ -112,11 +107,4 @@ pub fn is_mesh(mut target: Target) -> bool {
     target.port = 0;
     // SAFETY: as above.
     unsafe { TARGETS.get(target) }.is_some()
-}
-
-/// The agent's intent with a socket, if it is one of the agent's.
-#[inline(always)]
-pub fn intent(socket_cookie: u64) -> Option<u32> {
-    // SAFETY: read at once; entries are never changed in place.
-    unsafe { INTENTS.get(socket_cookie) }.copied()
 }

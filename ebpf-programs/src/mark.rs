@@ -12,7 +12,8 @@ use crate::maps::NOTES;
 /// The kernel refused.
 pub struct Refused;
 
-const MARK_SIZE: c_int = size_of::<u32>() as c_int;
+/// Of a mark, and of every other option that is set here.
+const SIZE: c_int = size_of::<u32>() as c_int;
 
 /// Sets or clears the bit and leaves all others as they are. `ctx` is that of the hook.
 #[inline(always)]
@@ -25,7 +26,7 @@ pub fn set_bit(ctx: *mut c_void, on: bool) -> Result<Change, Refused> {
             SOL_SOCKET as c_int,
             SO_MARK as c_int,
             (&raw mut mark).cast(),
-            MARK_SIZE,
+            SIZE,
         )
     };
     if read != 0 {
@@ -39,21 +40,23 @@ pub fn set_bit(ctx: *mut c_void, on: bool) -> Result<Change, Refused> {
     if wanted == mark {
         return Ok(Change::None);
     }
-    // SAFETY: the helper reads the four bytes of `wanted`.
+    set(ctx, SOL_SOCKET, SO_MARK, &mut wanted).map(|()| Change::Written)
+}
+
+/// Sets an option of the hook's socket that is four bytes long. `ctx` is that of the hook.
+#[inline(always)]
+pub fn set(ctx: *mut c_void, level: u32, option: u32, value: &mut u32) -> Result<(), Refused> {
+    // SAFETY: the helper reads the four bytes of `value`.
     let written = unsafe {
         bpf_setsockopt(
             ctx,
-            SOL_SOCKET as c_int,
-            SO_MARK as c_int,
-            (&raw mut wanted).cast(),
-            MARK_SIZE,
+            level as c_int,
+            option as c_int,
+            core::ptr::from_mut(value).cast(),
+            SIZE,
         )
     };
-    if written == 0 {
-        Ok(Change::Written)
-    } else {
-        Err(Refused)
-    }
+    if written == 0 { Ok(()) } else { Err(Refused) }
 }
 
 /// Whether the mark had to be written.
@@ -91,11 +94,13 @@ pub fn note(sk: *mut bpf_sock, note: Note) -> Result<(), Refused> {
     Ok(())
 }
 
-/// What is noted on the socket: a [`Note`] as number.
+/// What is noted on the socket.
 #[inline(always)]
-pub fn noted(sk: *mut bpf_sock) -> Option<u32> {
-    // SAFETY: `sk` is the hook's own socket, checked by the caller not to be null; without the
-    // flag the helper only reads.
+pub fn noted(sk: *mut bpf_sock) -> Option<Note> {
+    if sk.is_null() {
+        return None;
+    }
+    // SAFETY: `sk` is the hook's own socket and not null; without the flag the helper only reads.
     let stored = unsafe {
         bpf_sk_storage_get(
             (&raw const NOTES).cast_mut().cast(),
@@ -109,7 +114,7 @@ pub fn noted(sk: *mut bpf_sock) -> Option<u32> {
         return None;
     }
     // SAFETY: the socket's own storage, checked not to be null; it lives as long as the socket.
-    Some(unsafe { *stored })
+    Note::of(unsafe { *stored })
 }
 
 /// Takes the note off.

@@ -58,7 +58,7 @@ fn keep_mark(ctx: &SockoptContext) -> i32 {
     if sk.is_null() {
         return ALLOW;
     }
-    if mark::noted(sk) == Some(Note::Captured as u32) {
+    if mark::noted(sk) == Some(Note::Captured) {
         return add_bit(ctx);
     }
     if is_connecting_mptcp(sk) {

@@ -11,11 +11,11 @@ use aya_ebpf::{
     macros::sock_ops,
     programs::SockOpsContext,
 };
-use undermesh_common::{Admission, Intent, Note, Scope, Tuple, Verdict};
+use undermesh_common::{Admission, Note, Scope, Tuple, Verdict};
 
 use crate::{
     context,
-    maps::{ADMITTED, PODS, count, intent},
+    maps::{ADMITTED, PODS, count},
     mark::{self, Change},
     native,
 };
@@ -38,22 +38,14 @@ fn connecting(ctx: &SockOpsContext) {
     if sk.is_null() {
         return;
     }
-    // SAFETY: the helper takes this hook's context.
-    let socket_cookie = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
     match mark::noted(sk) {
-        Some(note) if note == Note::Captured as u32 => {
-            return match mark::set_bit(ctx.as_ptr(), true) {
-                Ok(Change::None) => {}
-                Ok(Change::Written) => count(Verdict::MarkRestored),
-                Err(_) => count(Verdict::MarkRestoreFailed),
-            };
-        }
-        Some(note) if note == Note::Probe as u32 => return admit(ctx, socket_cookie),
-        _ => {}
-    }
-    match intent(socket_cookie) {
-        Some(intent) if intent == Intent::Admitted as u32 => admit(ctx, socket_cookie),
-        Some(_) => {}
+        Some(Note::Captured) => match mark::set_bit(ctx.as_ptr(), true) {
+            Ok(Change::None) => {}
+            Ok(Change::Written) => count(Verdict::MarkRestored),
+            Err(_) => count(Verdict::MarkRestoreFailed),
+        },
+        Some(Note::Probe | Note::Admitted | Note::Delivery) => admit(ctx),
+        Some(Note::Own) => {}
         None => native::watch(ctx, sk),
     }
 }
@@ -70,8 +62,10 @@ pub fn call_at_close(ctx: &SockOpsContext, on: bool) -> Result<(), i32> {
 }
 
 #[inline(always)]
-fn admit(ctx: &SockOpsContext, socket_cookie: u64) {
+fn admit(ctx: &SockOpsContext) {
     let tuple = tuple(ctx);
+    // SAFETY: the helper takes this hook's context.
+    let socket_cookie = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
     // SAFETY: the helper takes this hook's context.
     let netns_cookie = unsafe { bpf_get_netns_cookie(ctx.as_ptr()) };
     // SAFETY: a pod's entry may be replaced meanwhile; its memory stays until the program returns.

@@ -10,19 +10,17 @@ use nix::sys::socket::{setsockopt, sockopt};
 use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
 use thiserror::Error;
 
-use super::kernel::{CAPTURE_MARK, Family, ListenerKind};
+use undermesh_common::keepalive;
+
+use super::kernel::{Family, ListenerKind};
 use super::{HBONE_PORT, sys};
 
 /// How many connections may wait to be accepted. The pod's `net.core.somaxconn` (4096 by default)
 /// limits it further; beyond it, SYNs are dropped and come again.
 const BACKLOG: i32 = 4096;
 
-/// After so long without a word from the peer, it is asked whether it is there …
-const KEEPALIVE_IDLE: Duration = Duration::from_secs(30);
-/// … so often …
-const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
-/// … and given up after so many unanswered questions.
-const KEEPALIVE_RETRIES: u32 = 3;
+const KEEPALIVE_IDLE: Duration = Duration::from_secs(keepalive::IDLE_SECONDS as u64);
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(keepalive::INTERVAL_SECONDS as u64);
 /// How long bytes may stay unacknowledged on a tunnel. Not on other connections: the kernel counts
 /// a closed receive window too, and an app may stop reading for as long as it likes.
 const TUNNEL_USER_TIMEOUT: Duration = Duration::from_secs(30);
@@ -187,25 +185,21 @@ pub fn new_socket(family: Family) -> io::Result<Socket> {
 /// Makes a socket end its connection with RST until [`close_in_order`](crate::relay::close_in_order), and notice a peer that is
 /// gone. What a listener has of it, the connections have that come out of it.
 pub fn prepare(socket: &SockRef<'_>) -> io::Result<()> {
-    prepare_local(socket)?;
+    socket.set_linger(Some(Duration::ZERO))?;
+    socket.set_tcp_nodelay(true)?;
     socket.set_tcp_keepalive(
         &TcpKeepalive::new()
             .with_time(KEEPALIVE_IDLE)
             .with_interval(KEEPALIVE_INTERVAL)
-            .with_retries(KEEPALIVE_RETRIES),
+            .with_retries(keepalive::RETRIES),
     )
 }
 
-/// [`prepare`] for both ends on this machine, whose kernel tells the one end when the other is gone.
-fn prepare_local(socket: &SockRef<'_>) -> io::Result<()> {
-    socket.set_linger(Some(Duration::ZERO))?;
-    socket.set_tcp_nodelay(true)
-}
-
 /// Binds a socket to the pod's own address; the kernel chooses the port at connect(2), so that
-/// connections to different destinations may have the same.
+/// connections to different destinations may have the same. The connect hook does for it what [`prepare`] does
+/// beside the reset.
 pub fn bind_own(socket: &Socket, own: IpAddr, destination: SocketAddr) -> io::Result<()> {
-    prepare(&SockRef::from(socket))?;
+    socket.set_linger(Some(Duration::ZERO))?;
     if destination.port() == HBONE_PORT {
         socket.set_tcp_user_timeout(Some(TUNNEL_USER_TIMEOUT))?;
     }
@@ -213,16 +207,10 @@ pub fn bind_own(socket: &Socket, own: IpAddr, destination: SocketAddr) -> io::Re
     socket.bind(&SocketAddr::new(own, 0).into())
 }
 
-/// Binds a socket to the client's address, in the client's pod's stead.
-pub fn bind_as_client(socket: &Socket, client: SocketAddr, own: PodAddresses) -> io::Result<()> {
-    prepare_local(&SockRef::from(socket))?;
+/// Binds a socket to the client's address, in the client's pod's stead. The connect hook marks it, and binds it to lo.
+pub fn bind_as_client(socket: &Socket, client: SocketAddr) -> io::Result<()> {
+    socket.set_linger(Some(Duration::ZERO))?;
     set_transparent(socket, family(client.ip()))?;
-    socket.set_mark(CAPTURE_MARK)?;
-    // Without it the SYN may loop; with it, when the client is the pod itself, the SYN-ACK never
-    // matches.
-    if !own.contains(client.ip()) {
-        socket.bind_device(Some(b"lo"))?;
-    }
     // Deliveries to several ports of the app may have one source, and a server that binds its port
     // again need not wait for ours.
     socket.set_reuse_address(true)?;
@@ -292,7 +280,7 @@ mod tests {
             let interval = accepted.tcp_keepalive_interval().unwrap();
             assert_eq!(interval, KEEPALIVE_INTERVAL);
             let retries = accepted.tcp_keepalive_retries().unwrap();
-            assert_eq!(retries, KEEPALIVE_RETRIES);
+            assert_eq!(retries, keepalive::RETRIES);
         }
     }
 

@@ -26,6 +26,7 @@ static ALLOCATOR: &[u8; 47] = b"narenas:4,dirty_decay_ms:1000,muzzy_decay_ms:0\0
 #[repr(i32)]
 #[derive(Clone, Copy)]
 enum Command {
+    MapUpdateElem = 2,
     ObjPin = 6,
     ObjGet = 7,
     ObjGetInfoByFd = 15,
@@ -137,6 +138,32 @@ pub(super) fn open_pin(path: &Path) -> io::Result<OwnedFd> {
         flags: 0,
     };
     bpf(Command::ObjGet, &mut attributes).map(own)
+}
+
+/// Sets what a map of sockets' storage (`BPF_MAP_TYPE_SK_STORAGE`, 5.2) of four bytes each has for a socket
+/// (`BPF_MAP_UPDATE_ELEM`). As often at once as one likes, which aya's own way does not let two threads.
+pub(super) fn store_at_socket(
+    map: BorrowedFd<'_>,
+    socket: BorrowedFd<'_>,
+    value: u32,
+) -> io::Result<()> {
+    #[repr(C)]
+    struct Attributes {
+        map: u32,
+        padding: u32,
+        key: u64,
+        value: u64,
+        flags: u64,
+    }
+    let key = socket.as_raw_fd();
+    let mut attributes = Attributes {
+        map: map.as_raw_fd().cast_unsigned(),
+        padding: 0,
+        key: (&raw const key) as u64,
+        value: (&raw const value) as u64,
+        flags: 0,
+    };
+    bpf(Command::MapUpdateElem, &mut attributes).map(drop)
 }
 
 /// Attaches a program to a cgroup or a network namespace (`BPF_LINK_CREATE`, 5.7).

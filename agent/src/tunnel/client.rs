@@ -291,10 +291,9 @@ impl Tunnel {
         pending().await
     }
 
-    /// Returns if the peer gives no sign of life in time after a CONNECT.
-    async fn silence_after_connect(&self, bounds: &Limits) {
-        let before = self.liveness.reads();
-        tokio::time::sleep(bounds.nudge).await;
+    /// To be called when a CONNECT has waited for [`Limits::nudge`], before which there were so many reads. Returns
+    /// if the peer gives no sign of life in time.
+    async fn silence_after_connect(&self, before: u64, bounds: &Limits) {
         if self.liveness.reads() == before {
             self.liveness.nudge();
             tokio::time::sleep(bounds.silence).await;
@@ -363,17 +362,28 @@ impl Place {
             nudge: bounds.nudge,
         };
         let mut requests = requests.ready().await.map_err(broken)?;
-        let (response, send) = requests.send_request(request, false).map_err(broken)?;
+        let (mut response, send) = requests.send_request(request, false).map_err(broken)?;
         drop(requests);
-        let deadline = Instant::now() + limit;
-        let response = tokio::select! {
-            biased;
-            answer = timeout_at(deadline, response) => match answer {
-                Ok(answer) => answer.map_err(broken)?,
-                Err(_) => return Err(ConnectFailure::Final(timed_out(limit))),
-            },
-            () = tunnel.silence_after_connect(bounds) => {
-                return Err(ConnectFailure::Tunnel(timed_out(bounds.nudge + bounds.silence)));
+        let (sent, before) = (Instant::now(), tunnel.liveness.reads());
+        // Nearly every answer comes before anything else has to be done than to wait for it: one timer for those,
+        // and room for the others where they need it.
+        let soon = sent + bounds.nudge.min(limit);
+        let response = match timeout_at(soon, &mut response).await {
+            Ok(answer) => answer.map_err(broken)?,
+            Err(_) => {
+                let late = async {
+                    tokio::select! {
+                        biased;
+                        answer = timeout_at(sent + limit, &mut response) => match answer {
+                            Ok(answer) => answer.map_err(broken),
+                            Err(_) => Err(ConnectFailure::Final(timed_out(limit))),
+                        },
+                        () = tunnel.silence_after_connect(before, bounds) => {
+                            Err(ConnectFailure::Tunnel(timed_out(bounds.nudge + bounds.silence)))
+                        }
+                    }
+                };
+                Box::pin(late).await?
             }
         };
         drop(waiting);

@@ -6,9 +6,7 @@ use std::os::fd::AsFd as _;
 use std::time::{Duration, Instant};
 
 use socket2::{Domain, Socket, Type};
-use undermesh::capture::kernel::{
-    CAPTURE_MARK, Family, HBONE_PORT, Intent, Kernel, ListenerKind, socket_cookie,
-};
+use undermesh::capture::kernel::{CAPTURE_MARK, Family, HBONE_PORT, Intent, Kernel, ListenerKind};
 use undermesh::mesh::Mode;
 
 use crate::fixture::{
@@ -16,22 +14,27 @@ use crate::fixture::{
     wait_for,
 };
 
-/// Opens a connection as the agent does: registered until connect(2) has returned.
-fn dial(
-    kernel: &Kernel,
-    from: &Namespace,
-    source: Option<SocketAddr>,
-    destination: SocketAddr,
-    prepare: impl FnOnce(&Socket),
-) -> io::Result<Socket> {
+/// Opens a connection as the agent does: declared before connect(2).
+fn dial(kernel: &Kernel, from: &Namespace, destination: SocketAddr) -> io::Result<Socket> {
     let socket =
         from.enter(|| Socket::new(Domain::for_address(destination), Type::STREAM, None))?;
-    prepare(&socket);
-    if let Some(source) = source {
-        socket.bind(&source.into())?;
-    }
-    let cookie = socket_cookie(socket.as_fd())?;
-    let _registration = kernel.register(cookie, Intent::Admitted).unwrap();
+    kernel.declare(socket.as_fd(), Intent::Admitted).unwrap();
+    socket.connect_timeout(&destination.into(), LIMIT)?;
+    Ok(socket)
+}
+
+/// The same, to the app of the pod as if from this client.
+fn deliver(
+    kernel: &Kernel,
+    pod: &Namespace,
+    client: SocketAddr,
+    destination: SocketAddr,
+) -> io::Result<Socket> {
+    let socket = pod.enter(|| Socket::new(Domain::for_address(destination), Type::STREAM, None))?;
+    // One option does for both families.
+    socket.set_ip_transparent_v4(true)?;
+    socket.bind(&client.into())?;
+    kernel.declare(socket.as_fd(), Intent::Delivery).unwrap();
     socket.connect_timeout(&destination.into(), LIMIT)?;
     Ok(socket)
 }
@@ -98,7 +101,7 @@ fn an_admitted_connection_passes_to_the_app_and_any_other_does_not() {
         .map(|family| fixture.listen(&kernel, family, ListenerKind::Inbound));
     for (app, inbound) in [&v4, &v6].into_iter().zip(&inbound) {
         let destination = app.local_addr().unwrap();
-        let admitted = dial(&kernel, &fixture.peer, None, destination, |_| {}).unwrap();
+        let admitted = dial(&kernel, &fixture.peer, destination).unwrap();
         let source = admitted.local_addr().unwrap().as_socket().unwrap();
         let (mut accepted, peer) = accept(app);
         assert_eq!(peer, source);
@@ -124,7 +127,7 @@ fn a_connection_that_fails_leaves_no_admission() {
     let fixture = Fixture::new();
     let kernel = fixture.load();
     fixture.enrol(&kernel, Mode::Strict);
-    let error = dial(&kernel, &fixture.peer, None, (POD_V4, 1).into(), |_| {}).unwrap_err();
+    let error = dial(&kernel, &fixture.peer, (POD_V4, 1).into()).unwrap_err();
     assert_eq!(error.kind(), io::ErrorKind::ConnectionRefused);
     wait_for(&kernel, "tuple_admitted", 1);
     wait_for(&kernel, "tuple_removed", 1);
@@ -139,13 +142,10 @@ fn the_agent_delivers_over_lo_with_the_clients_address() {
         (fixture.pod.bind(POD_V4), SocketAddr::from((PEER_V4, 2000))),
         (fixture.pod.bind(POD_V6), SocketAddr::from((PEER_V6, 2000))),
     ] {
-        let as_agent = |socket: &Socket| {
-            socket.set_mark(CAPTURE_MARK).unwrap();
-            socket.set_ip_transparent_v4(true).unwrap();
-            socket.bind_device(Some(b"lo")).unwrap();
-        };
         let destination = app.local_addr().unwrap();
-        let delivery = dial(&kernel, &fixture.pod, Some(client), destination, as_agent).unwrap();
+        let delivery = deliver(&kernel, &fixture.pod, client, destination).unwrap();
+        assert_ne!(delivery.mark().unwrap() & CAPTURE_MARK, 0);
+        assert_eq!(delivery.device().unwrap().as_deref(), Some(&b"lo"[..]));
         let (mut accepted, peer) = accept(&app);
         assert_eq!(peer, client);
         accepted.write_all(b"reply").unwrap();
@@ -156,7 +156,7 @@ fn the_agent_delivers_over_lo_with_the_clients_address() {
         let start = Instant::now();
         let closed = SocketAddr::new(destination.ip(), 1);
         let client = SocketAddr::new(client.ip(), 2001);
-        let error = dial(&kernel, &fixture.pod, Some(client), closed, as_agent).unwrap_err();
+        let error = deliver(&kernel, &fixture.pod, client, closed).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::ConnectionRefused);
         assert!(start.elapsed() < Duration::from_millis(500));
     }
@@ -178,13 +178,12 @@ fn the_tuple_of_a_delivery_does_not_admit_a_stranger_from_the_network() {
         .pod
         .enter(|| Socket::new(Domain::IPV4, Type::STREAM, None).unwrap());
     delivery.set_ip_transparent_v4(true).unwrap();
+    // Not bound to lo, which would keep the SYN from being sent.
     delivery.set_mark(CAPTURE_MARK).unwrap();
     delivery.set_nonblocking(true).unwrap();
     delivery.bind(&client.into()).unwrap();
-    let cookie = socket_cookie(delivery.as_fd()).unwrap();
-    let registration = kernel.register(cookie, Intent::Admitted).unwrap();
+    kernel.declare(delivery.as_fd(), Intent::Admitted).unwrap();
     let _ = delivery.connect(&destination.into());
-    drop(registration);
     wait_for(&kernel, "tuple_admitted", 1);
     let stranger = fixture
         .peer

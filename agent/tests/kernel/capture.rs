@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use nix::sys::socket::{setsockopt, sockopt};
 use socket2::{Domain, Socket, Type};
-use undermesh::capture::kernel::{CAPTURE_MARK, Family, Intent, ListenerKind, socket_cookie};
+use undermesh::capture::kernel::{CAPTURE_MARK, Family, Intent, ListenerKind};
 use undermesh::mesh::Mode;
 
 use crate::fixture::{
@@ -200,7 +200,7 @@ fn udp_is_untouched() {
 }
 
 #[test]
-fn the_agents_registered_socket_is_not_captured_and_keeps_its_marks() {
+fn the_agents_declared_socket_is_not_captured_and_keeps_its_marks() {
     let fixture = Fixture::new();
     let kernel = fixture.load();
     fixture.enrol(&kernel, Mode::Strict);
@@ -213,21 +213,70 @@ fn the_agents_registered_socket_is_not_captured_and_keeps_its_marks() {
         socket.set_mark(0x40).unwrap();
         socket
     });
-    let cookie = socket_cookie(socket.as_fd()).unwrap();
-    let registration = kernel.register(cookie, Intent::Own).unwrap();
+    kernel.declare(socket.as_fd(), Intent::Own).unwrap();
     socket.connect(&destination.into()).unwrap();
-    drop(registration);
     assert_eq!(accept(&server).0.local_addr().unwrap(), destination);
     assert_eq!(socket.mark().unwrap(), 0x40);
     assert!(is_idle(&agent));
     assert_eq!(counters(&kernel)["connect_own_socket"], 1);
-    // Once the registration is dropped a socket is like any other.
+    // What was declared is of that socket, not of its descriptor.
+    drop(socket);
     let client = fixture.pod.connect(destination).unwrap();
     assert_eq!(accept(&agent).1, client.local_addr().unwrap());
     assert!(is_idle(&server));
-    let status = kernel.status();
-    let intents = status.maps.iter().find(|map| map.name == "INTENTS");
-    assert_eq!(intents.unwrap().entries, Some(0));
+}
+
+#[test]
+fn the_hook_gives_the_agents_sockets_their_options_and_no_others() {
+    let fixture = Fixture::new();
+    let kernel = fixture.load();
+    fixture.enrol(&kernel, Mode::Strict);
+    for (peer, own) in [
+        (IpAddr::from(PEER_V4), IpAddr::from(POD_V4)),
+        (PEER_V6.into(), POD_V6.into()),
+    ] {
+        for (intent, server, mark, keepalive) in [
+            (Intent::Own, fixture.peer.bind(peer), 0x40, true),
+            (Intent::Admitted, fixture.peer.bind(peer), 0x40, true),
+            (
+                Intent::Delivery,
+                fixture.pod.bind(own),
+                0x40 | CAPTURE_MARK,
+                false,
+            ),
+        ] {
+            let destination = server.local_addr().unwrap();
+            let socket = fixture.pod.enter(|| {
+                let domain = Domain::for_address(destination);
+                let socket = Socket::new(domain, Type::STREAM, None).unwrap();
+                socket.set_mark(0x40).unwrap();
+                socket
+            });
+            kernel.declare(socket.as_fd(), intent).unwrap();
+            if intent == Intent::Delivery {
+                // The client is the pod itself: over lo its own SYN-ACK would not find it.
+                socket.bind(&SocketAddr::new(own, 0).into()).unwrap();
+            }
+            socket.connect_timeout(&destination.into(), LIMIT).unwrap();
+            assert_eq!(socket.mark().unwrap(), mark, "{intent:?}");
+            assert!(socket.tcp_nodelay().unwrap(), "{intent:?}");
+            assert_eq!(socket.device().unwrap(), None, "{intent:?}");
+            assert_eq!(socket.keepalive().unwrap(), keepalive, "{intent:?}");
+            if keepalive {
+                let seconds = Duration::from_secs;
+                assert_eq!(socket.tcp_keepalive_time().unwrap(), seconds(30));
+                assert_eq!(socket.tcp_keepalive_interval().unwrap(), seconds(10));
+                assert_eq!(socket.tcp_keepalive_retries().unwrap(), 3);
+            }
+            accept(&server);
+            // An app's socket is left as it is.
+            let app = fixture.pod.connect(destination).unwrap();
+            assert!(!app.nodelay().unwrap());
+            accept(&server);
+        }
+    }
+    assert_eq!(counters(&kernel)["connect_own_socket"], 6);
+    assert_eq!(counters(&kernel)["connect_own_socket_failed"], 0);
 }
 
 #[test]

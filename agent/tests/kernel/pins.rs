@@ -1,7 +1,6 @@
 //! What the kernel was told survives the agent.
 
 use std::fs;
-use std::mem::ManuallyDrop;
 use std::net::{IpAddr, Ipv4Addr};
 use std::os::fd::AsFd as _;
 use std::slice;
@@ -9,7 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
 use undermesh::capture::kernel::{
-    AttachPoint, Family, Intent, Kernel, KernelError, KernelOptions, ListenerKind,
+    AttachPoint, Family, Kernel, KernelError, KernelOptions, ListenerKind,
 };
 use undermesh::mesh::Mode;
 
@@ -108,18 +107,6 @@ fn no_connection_escapes_while_programs_are_replaced() {
         loads.join().unwrap();
     });
     assert!(is_idle(&server));
-}
-
-#[test]
-fn a_registration_that_a_dead_agent_left_is_forgotten() {
-    let fixture = Fixture::new();
-    let first = fixture.load();
-    // The process ends between registration and its end.
-    let _ = ManuallyDrop::new(first.register(7, Intent::Own).unwrap());
-    let second = fixture.load();
-    let status = second.status();
-    let intents = status.maps.iter().find(|map| map.name == "INTENTS");
-    assert_eq!(intents.unwrap().entries, Some(0));
 }
 
 #[test]

@@ -135,7 +135,6 @@ fn a_strict_pod_serves_the_probing_cgroup_on_a_declared_port_and_nothing_else() 
     }
     assert_eq!(counters(&kernel)["lookup_no_listener_refused"], 6);
     assert_eq!(entries(&kernel, "ADMITTED"), 0);
-    assert_eq!(entries(&kernel, "INTENTS"), 0);
 }
 
 #[test]
@@ -337,5 +336,4 @@ fn probes_that_cannot_even_send_a_syn_leave_nothing_behind() {
     });
     assert_eq!(counters(&kernel)["tuple_admitted"], 0);
     assert_eq!(entries(&kernel, "ADMITTED"), 0);
-    assert_eq!(entries(&kernel, "INTENTS"), 0);
 }

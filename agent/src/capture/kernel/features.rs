@@ -23,7 +23,7 @@ const REQUIRED: [Required; 14] = [
     },
     Required {
         name: "socket_cookie",
-        reason: "tells the agent's own sockets apart in the connect and sock_ops programs",
+        reason: "tells in the sock_ops program whose an admitted tuple is",
         helpers: &[46],
     },
     Required {

@@ -1,24 +1,27 @@
 //! The maps as the agent uses them: bounded, named in every error, shared between threads.
 
 use std::io;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd as _, BorrowedFd};
 
 use aya::Pod;
-use aya::maps::{HashMap, MapData, MapError, PerCpuArray, PerCpuHashMap, PerCpuValues, SockHash};
+use aya::maps::{
+    HashMap, Map, MapData, MapError, PerCpuArray, PerCpuHashMap, PerCpuValues, SockHash,
+};
 use aya::util::nr_cpus;
-use parking_lot::Mutex;
+use parking_lot::{Mutex, RwLock};
 use undermesh_common::{
-    Address, Admission, DestinationClass, ListenerKey, NativeKey, NativeTraffic, Target, Tuple,
-    Verdict, bounds,
+    Address, Admission, DestinationClass, ListenerKey, NativeKey, NativeTraffic, Note, Target,
+    Tuple, Verdict, bounds,
 };
 
 use super::{KernelError, object::Loaded, probes::Probes};
+use crate::capture::sys;
 
 /// A hash map of the kernel.
 pub(super) struct Table<K: Pod, V: Pod> {
     name: &'static str,
     bound: u32,
-    map: Mutex<HashMap<MapData, K, V>>,
+    map: RwLock<HashMap<MapData, K, V>>,
 }
 
 impl<K: Pod, V: Pod> Table<K, V> {
@@ -28,25 +31,25 @@ impl<K: Pod, V: Pod> Table<K, V> {
         Ok(Self {
             name,
             bound,
-            map: Mutex::new(map),
+            map: RwLock::new(map),
         })
     }
 
     /// Adds or replaces an entry. [`KernelError::Full`] at the bound.
     pub(super) fn put(&self, key: &K, value: &V) -> Result<(), KernelError> {
-        let result = self.map.lock().insert(key, value, 0);
+        let result = self.map.write().insert(key, value, 0);
         result.map_err(|source| error(self.name, self.bound, source))
     }
 
     /// Removes an entry; that there is none is no error.
     pub(super) fn remove(&self, key: &K) -> Result<(), KernelError> {
-        let result = self.map.lock().remove(key);
+        let result = self.map.write().remove(key);
         absent_is_fine(result, self.name, self.bound)
     }
 
     /// The entry, none if there is none.
     pub(super) fn get(&self, key: &K) -> Result<Option<V>, KernelError> {
-        match self.map.lock().get(key, 0) {
+        match self.map.read().get(key, 0) {
             Ok(value) => Ok(Some(value)),
             Err(MapError::KeyNotFound | MapError::ElementNotFound) => Ok(None),
             Err(source) => Err(error(self.name, self.bound, source)),
@@ -54,13 +57,13 @@ impl<K: Pod, V: Pod> Table<K, V> {
     }
 
     pub(super) fn keys(&self) -> Result<Vec<K>, KernelError> {
-        let map = self.map.lock();
+        let map = self.map.read();
         let keys: Result<_, _> = map.keys().collect();
         keys.map_err(|source| error(self.name, self.bound, source))
     }
 
     pub(super) fn entries(&self) -> Result<Vec<(K, V)>, KernelError> {
-        let map = self.map.lock();
+        let map = self.map.read();
         let entries: Result<_, _> = map.iter().collect();
         entries.map_err(|source| error(self.name, self.bound, source))
     }
@@ -96,6 +99,31 @@ impl Listeners {
         let map = self.map.lock();
         let keys: Result<_, _> = map.keys().collect();
         keys.map_err(|source| error(Self::NAME, bounds::LISTENERS, source))
+    }
+}
+
+/// What is noted on sockets. For every connection that the agent opens: no worker waits here for another.
+pub(super) struct Notes {
+    map: MapData,
+}
+
+impl Notes {
+    const NAME: &'static str = "NOTES";
+
+    fn new(loaded: &mut Loaded) -> Result<Self, KernelError> {
+        match loaded.take_map(Self::NAME)? {
+            Map::SkStorage(map) => Ok(Self { map }),
+            _ => Err(KernelError::Missing(Self::NAME)),
+        }
+    }
+
+    /// Notes it on the socket, in place of what was noted before. It goes with the socket.
+    pub(super) fn put(&self, socket: BorrowedFd<'_>, note: Note) -> Result<(), KernelError> {
+        let stored = sys::store_at_socket(self.map.fd().as_fd(), socket, note as u32);
+        stored.map_err(|error| KernelError::Map {
+            map: Self::NAME,
+            source: error.into(),
+        })
     }
 }
 
@@ -165,7 +193,7 @@ const BPF_NOEXIST: u32 = 1;
 pub(super) struct Maps {
     pub(super) pods: Table<u64, undermesh_common::Pod>,
     pub(super) targets: Table<Target, u32>,
-    pub(super) intents: Table<u64, u32>,
+    pub(super) notes: Notes,
     pub(super) admitted: Table<Tuple, Admission>,
     pub(super) listeners: Listeners,
     pub(super) native: Native,
@@ -191,7 +219,7 @@ impl Maps {
         Ok(Self {
             pods: Table::new(loaded, "PODS", bounds::PODS)?,
             targets: Table::new(loaded, "TARGETS", bounds::TARGETS)?,
-            intents: Table::new(loaded, "INTENTS", bounds::INTENTS)?,
+            notes: Notes::new(loaded)?,
             admitted: Table::new(loaded, "ADMITTED", bounds::ADMITTED)?,
             listeners: Listeners {
                 map: Mutex::new(

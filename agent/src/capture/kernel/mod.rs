@@ -75,8 +75,8 @@ pub struct Kernel {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Predecessor {
     Gone,
-    /// It may be between a registration and its end.
-    Connecting,
+    /// It may be enrolling pods.
+    Alive,
 }
 
 /// The programs at the cgroup: name, pin, hook.
@@ -99,9 +99,9 @@ impl Kernel {
         Self::attach(options, Predecessor::Gone)
     }
 
-    /// The same, beside an agent that still opens connections.
+    /// The same, beside an agent that still serves.
     pub fn load_beside(options: &KernelOptions) -> Result<Self, KernelError> {
-        Self::attach(options, Predecessor::Connecting)
+        Self::attach(options, Predecessor::Alive)
     }
 
     fn attach(options: &KernelOptions, predecessor: Predecessor) -> Result<Self, KernelError> {
@@ -115,7 +115,6 @@ impl Kernel {
             tracing::warn!(%error, "verdicts are not logged");
             None
         });
-        let intents = maps.intents.keys()?;
         // All through the verifier before any is attached.
         let programs = CGROUP_PROGRAMS.map(|(name, pin, kind)| {
             loaded
@@ -143,7 +142,6 @@ impl Kernel {
             _log: log,
         };
         if predecessor == Predecessor::Gone {
-            kernel.forget_leftover_intents(&intents)?;
             kernel.forget_leftover_probe_ports()?;
         }
         if !is_staged {
@@ -158,15 +156,6 @@ impl Kernel {
         if reach != Reach::Seen {
             let FeatureStatus { name, reason, .. } = reach.feature();
             tracing::warn!(feature = name, cgroup = %self.options.cgroup.display(), "{reason}");
-        }
-        Ok(())
-    }
-
-    /// A registration lasts as long as one connect(2) call, so what was there before the programs
-    /// went through the verifier and still is was left by an agent that died in one.
-    fn forget_leftover_intents(&self, before: &[u64]) -> Result<(), KernelError> {
-        for cookie in before {
-            self.maps.intents.remove(cookie)?;
         }
         Ok(())
     }
@@ -277,18 +266,9 @@ impl Kernel {
         Ok(self.maps.listeners.keys()?.contains(&slot.key()))
     }
 
-    /// Declares a socket (see [`socket_cookie`]) to be the agent's own. Call it before connect(2),
-    /// and drop the registration when that has returned: the kernel has read it by then.
-    pub fn register(
-        &self,
-        socket_cookie: u64,
-        intent: Intent,
-    ) -> Result<Registration<'_>, KernelError> {
-        self.maps.intents.put(&socket_cookie, &(intent as u32))?;
-        Ok(Registration {
-            kernel: self,
-            socket_cookie,
-        })
+    /// Declares a socket to be the agent's own, for as long as it is open. Call it before connect(2).
+    pub fn declare(&self, socket: BorrowedFd<'_>, intent: Intent) -> Result<(), KernelError> {
+        self.maps.notes.put(socket, intent.note())
     }
 
     /// Cookie of the network namespace whose program let an admitted connection through, as it is known
@@ -361,21 +341,6 @@ impl Kernel {
     }
 }
 
-/// A socket of the agent that is about to connect; see [`Kernel::register`].
-#[must_use = "dropping it ends the registration"]
-pub struct Registration<'a> {
-    kernel: &'a Kernel,
-    socket_cookie: u64,
-}
-
-impl Drop for Registration<'_> {
-    fn drop(&mut self) {
-        if let Err(error) = self.kernel.maps.intents.remove(&self.socket_cookie) {
-            tracing::warn!(%error, cookie = self.socket_cookie, "registration of a socket stays behind");
-        }
-    }
-}
-
 fn attach_to_cgroup(
     pins: &Pins,
     cgroup: &File,
@@ -406,11 +371,6 @@ fn lookup_pin(netns_cookie: u64) -> String {
 /// Cookie of the network namespace that a socket is in. No other gets it until the machine boots.
 pub fn netns_cookie(socket: BorrowedFd<'_>) -> io::Result<u64> {
     sys::netns_cookie(socket)
-}
-
-/// Cookie of a socket, for [`Kernel::register`].
-pub fn socket_cookie(socket: BorrowedFd<'_>) -> io::Result<u64> {
-    sys::socket_cookie(socket)
 }
 
 #[cfg(test)]

@@ -16,12 +16,11 @@ pub(super) static OBJECT: &[u8] =
     aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/undermesh-ebpf"));
 
 /// Maps that all programs share, and the names of their pins.
-const SHARED_MAPS: [(&str, &str); 13] = [
+const SHARED_MAPS: [(&str, &str); 12] = [
     ("PODS", "pods"),
     ("PROBES", "probes"),
     ("PROBERS", "probers"),
     ("TARGETS", "targets"),
-    ("INTENTS", "intents"),
     ("ADMITTED", "admitted"),
     ("LISTENERS", "listeners"),
     ("VERDICTS", "verdicts"),

@@ -23,7 +23,7 @@ pub(super) enum Reach {
 }
 
 impl Reach {
-    /// Opens a connection to itself, registered as admitted, and looks whether it is.
+    /// Opens a connection to itself, declared as admitted, and looks whether it is.
     pub(super) fn probe(kernel: &Kernel) -> Result<Self, KernelError> {
         let Ok((_listener, socket, address)) = sockets() else {
             return Ok(Self::Unknown);
@@ -31,11 +31,10 @@ impl Reach {
         let Ok(cookie) = sys::socket_cookie(socket.as_fd()) else {
             return Ok(Self::Unknown);
         };
-        let registration = kernel.register(cookie, Intent::Admitted)?;
+        kernel.declare(socket.as_fd(), Intent::Admitted)?;
         if socket.connect(&address.into()).is_err() {
             return Ok(Self::Unknown);
         }
-        drop(registration);
         let admitted = kernel.maps.admitted.entries()?;
         let seen = admitted
             .iter()

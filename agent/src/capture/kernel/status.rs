@@ -189,7 +189,6 @@ impl Kernel {
         let Maps {
             pods,
             targets,
-            intents,
             admitted,
             listeners,
             probes,
@@ -200,7 +199,6 @@ impl Kernel {
         vec![
             fill(pods.name(), pods.bound(), pods.keys()),
             fill(targets.name(), targets.bound(), targets.keys()),
-            fill(intents.name(), intents.bound(), intents.keys()),
             fill(admitted.name(), admitted.bound(), admitted.keys()),
             fill("LISTENERS", bounds::LISTENERS, listeners.keys()),
             fill(

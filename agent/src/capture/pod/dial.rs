@@ -2,6 +2,7 @@
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};
+use std::os::fd::AsFd as _;
 use std::time::Duration;
 
 use socket2::Socket;
@@ -77,7 +78,7 @@ pub enum DialError {
     /// The pod's network namespace cannot be used.
     #[error(transparent)]
     Netns(#[from] NetnsError),
-    /// The kernel side refused the socket's registration.
+    /// The kernel side refused to note whose socket it is.
     #[error(transparent)]
     Kernel(#[from] KernelError),
     /// Anything else, at connect or before.
@@ -153,7 +154,7 @@ impl EnrolledPod {
         self.start(&socket, destination, intent)?;
         let at_once = match intent {
             Intent::Own => AtOnce::No,
-            Intent::Admitted => answered(&socket, destination)?,
+            Intent::Admitted | Intent::Delivery => answered(&socket, destination)?,
         };
         established(socket, at_once).await.map_err(failed)
     }
@@ -206,9 +207,9 @@ impl EnrolledPod {
             };
             let socket = self.socket(destination).await?;
             let source = SocketAddr::new(client, port);
-            let started = sockets::bind_as_client(&socket, source, self.addresses)
+            let started = sockets::bind_as_client(&socket, source)
                 .map_err(|error| dial_error(destination, error))
-                .and_then(|()| self.start(&socket, destination, Intent::Admitted));
+                .and_then(|()| self.start(&socket, destination, Intent::Delivery));
             match started {
                 Ok(()) => {}
                 Err(DialError::NoSourcePort(_)) => {
@@ -274,8 +275,7 @@ impl EnrolledPod {
         made.map_err(|error| dial_error(destination, error))
     }
 
-    /// Sends the SYN. By the time connect(2) returns, the hooks have run: the kernel side need not
-    /// know the socket any longer.
+    /// Sends the SYN, after the kernel side was told whose socket it is.
     fn start(
         &self,
         socket: &Socket,
@@ -283,9 +283,7 @@ impl EnrolledPod {
         intent: Intent,
     ) -> Result<(), DialError> {
         let failed = |error| dial_error(destination, error);
-        let _registration = self
-            .kernel
-            .register(socket.cookie().map_err(failed)?, intent)?;
+        self.kernel.declare(socket.as_fd(), intent)?;
         match socket.connect(&destination.into()) {
             Err(error) if error.raw_os_error() == Some(libc::EINPROGRESS) => Ok(()),
             other => other.map_err(failed),
