@@ -12,6 +12,7 @@ use super::table::Tracked;
 use super::{RequestInfo, RequestRecord};
 use crate::mesh::{ObjectName, Workload};
 use crate::telemetry::labels::Labels;
+use crate::telemetry::line::Common;
 use crate::telemetry::{ConnectionInfo, Direction, Party, Security, Telemetry};
 
 /// Scopes that a connection keeps. At the bound it forgets all and begins anew: a scope costs one
@@ -41,6 +42,8 @@ pub(super) struct Scope {
     pub series: Arc<Tracked<ScopeSeries>>,
     pub route_scope: RouteScope,
     pub route_series: Arc<Tracked<RouteSeries>>,
+    /// What the lines of all its requests say of the two ends, once there was one: some 600 bytes.
+    pub line: Common,
 }
 
 /// By address of the texts, which the scope keeps alive: comparing them would cost more than it
@@ -171,6 +174,7 @@ impl Requester {
             labels,
             route_series: http.routes.get(&route_scope),
             route_scope,
+            line: Common::default(),
         }
     }
 }
