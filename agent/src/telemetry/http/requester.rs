@@ -1,6 +1,5 @@
 //! Whose requests are counted, and what they have in common.
 
-use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
 
@@ -27,7 +26,8 @@ pub struct Requester {
     pub(super) source: Party,
     pub(super) original_destination: SocketAddr,
     pub(super) connection: u64,
-    scopes: Mutex<HashMap<ScopeKey, Arc<Scope>>>,
+    /// The one that was asked for last is at the front: of several there are few.
+    scopes: Mutex<Vec<(ScopeKey, Arc<Scope>)>>,
 }
 
 /// Requests that differ in nothing but what they ask and how they are answered.
@@ -48,7 +48,7 @@ pub(super) struct Scope {
 
 /// By address of the texts, which the scope keeps alive: comparing them would cost more than it
 /// saves.
-#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, PartialEq, Eq)]
 struct ScopeKey {
     service: Option<(usize, usize)>,
     route: Option<usize>,
@@ -126,15 +126,20 @@ impl Requester {
         endpoint: Option<&ChosenEndpoint<'_>>,
     ) -> Arc<Scope> {
         let key = ScopeKey::of(service, route, endpoint);
-        if let Some(scope) = self.scopes.lock().get(&key) {
-            return scope.clone();
+        {
+            let mut scopes = self.scopes.lock();
+            if let Some(at) = scopes.iter().position(|(known, _)| *known == key) {
+                scopes.swap(0, at);
+                return scopes[0].1.clone();
+            }
         }
+        // Not under the lock: the tables of series have locks of their own.
         let scope = Arc::new(self.new_scope(service, route, endpoint));
         let mut scopes = self.scopes.lock();
         if scopes.len() >= SCOPES {
             scopes.clear();
         }
-        scopes.insert(key, scope.clone());
+        scopes.push((key, scope.clone()));
         scope
     }
 
