@@ -139,9 +139,8 @@ where
         limits: context.limits,
         counters: context.counters,
         refusals: &refusals,
-        // Tokens of its own: waiting on a token that many share takes its lock at each poll.
-        drain: &drain.child_token(),
-        stop: &stop.child_token(),
+        drain,
+        stop,
     };
     let end = match wire {
         Wire::Http1 => care.serve_http1(watched, desk).await,
