@@ -3,7 +3,8 @@
 use std::future::{Future, poll_fn};
 use std::pin::{Pin, pin};
 use std::sync::Arc;
-use std::task::{Context, Poll};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::task::{Context, Poll, Wake, Waker};
 use std::time::Duration;
 
 use http::{Request, Response};
@@ -84,7 +85,9 @@ impl Care<'_> {
                 };
                 self.counters.upgrade();
                 let counts = Counts::from(&*self.shared.bytes);
-                let ended = upgrade::relay(io, parts.read_buf, upstream, counts, self.stop).await;
+                // One of its own: waiting on a token that many share takes its lock at each poll.
+                let stop = self.stop.child_token();
+                let ended = upgrade::relay(io, parts.read_buf, upstream, counts, &stop).await;
                 ServedEnd::Switched(ended)
             }
             Ok(Err(error)) => {
@@ -155,24 +158,39 @@ impl Care<'_> {
         let mut alarm = pin!(sleep_until(
             Instant::now() + self.limits.idle.min(self.limits.header_timeout)
         ));
+        let mut bell: Option<Bell> = None;
         let mut head: Option<Head> = None;
         let mut drain_ends: Option<Instant> = None;
         let ended = poll_fn(|cx| {
-            if stopped.as_mut().poll(cx).is_ready() {
-                return Poll::Ready(Err(Interruption::Stopped));
-            }
+            let bell = Bell::of(&mut bell, cx.waker());
+            let rung = bell.has_rung();
+            let bell_cx = &mut Context::from_waker(&bell.waker);
             let mut close = false;
-            if drain_ends.is_none() && draining.as_mut().poll(cx).is_ready() {
-                drain_ends = Some(Instant::now() + self.limits.drain);
-                close = closing.replace(Closing::Draining).is_none();
+            if rung {
+                if stopped.as_mut().poll(bell_cx).is_ready() {
+                    return Poll::Ready(Err(Interruption::Stopped));
+                }
+                if drain_ends.is_none() && draining.as_mut().poll(bell_cx).is_ready() {
+                    drain_ends = Some(Instant::now() + self.limits.drain);
+                    close = closing.replace(Closing::Draining).is_none();
+                }
             }
             loop {
                 if let Poll::Ready(ended) = connection(cx, close) {
                     return Poll::Ready(Ok(ended));
                 }
                 close = false;
+                let began = match self.look(&mut head) {
+                    Err(interruption) => return Poll::Ready(Err(interruption)),
+                    Ok(began) => began,
+                };
+                // The alarm is set for the earliest end of all that had begun then, and all but a head ends later
+                // if it begins later.
+                if !rung && !began {
+                    return Poll::Pending;
+                }
                 let now = Instant::now();
-                let next = match self.next(&mut head, drain_ends, now) {
+                let next = match self.next(head, drain_ends, now) {
                     Err(interruption) => return Poll::Ready(Err(interruption)),
                     Ok(next) => next,
                 };
@@ -185,7 +203,7 @@ impl Care<'_> {
                 if alarm.deadline() > next || alarm.is_elapsed() {
                     alarm.as_mut().reset(next.max(now + TICK));
                 }
-                if alarm.as_mut().poll(cx).is_pending() {
+                if alarm.as_mut().poll(bell_cx).is_pending() {
                     return Poll::Pending;
                 }
             }
@@ -194,33 +212,43 @@ impl Care<'_> {
         (ended, closing)
     }
 
+    /// Sees what the connection came to: whether another head has begun to arrive, and not ended.
+    fn look(&self, head: &mut Option<Head>) -> Result<bool, Interruption> {
+        let active = {
+            let usage = self.shared.usage.lock();
+            if usage.abandoned >= ABANDONED_MIN && usage.abandoned * 2 > self.shared.requests() {
+                return Err(Interruption::Resets);
+            }
+            usage.active > 0
+        };
+        let request = {
+            let framing = self.shared.framing.lock();
+            (!active && framing.is_in_head()).then(|| framing.request())
+        };
+        if request == head.map(|head| head.request) {
+            return Ok(false);
+        }
+        *head = request.map(|request| Head {
+            request,
+            since: Instant::now(),
+        });
+        Ok(head.is_some())
+    }
+
     /// When it has to be looked after again.
     fn next(
         &self,
-        head: &mut Option<Head>,
+        head: Option<Head>,
         drain_ends: Option<Instant>,
         now: Instant,
     ) -> Result<Instant, Interruption> {
         if drain_ends.is_some_and(|end| now >= end) {
             return Err(Interruption::DrainOver);
         }
-        let (active, since) = {
+        let idle_ends = {
             let usage = self.shared.usage.lock();
-            if usage.abandoned >= ABANDONED_MIN && usage.abandoned * 2 > self.shared.requests() {
-                return Err(Interruption::Resets);
-            }
-            (usage.active > 0, usage.since)
-        };
-        let idle_ends = if active { now } else { since } + self.limits.idle;
-        let framing = self.shared.framing.lock();
-        *head = if active || !framing.is_in_head() {
-            None
-        } else {
-            let request = framing.request();
-            Some(head.filter(|head| head.request == request).unwrap_or(Head {
-                request,
-                since: now,
-            }))
+            let since = if usage.active > 0 { now } else { usage.since };
+            since + self.limits.idle
         };
         let head_ends = head.map(|head| head.since + self.limits.header_timeout);
         if head_ends.is_some_and(|end| now >= end) {
@@ -288,6 +316,55 @@ const MIN_BUFFER: usize = 8 * 1024;
 
 /// No timer of a connection is finer.
 const TICK: Duration = Duration::from_millis(10);
+
+/// Wakes the task of a connection in the name of what the connection itself knows nothing of: its timers and the tokens
+/// that end it. These are polled when it has rung, and not whenever bytes have come.
+struct Bell {
+    rope: Arc<Rope>,
+    /// Of the rope.
+    waker: Waker,
+}
+
+struct Rope {
+    pulled: AtomicBool,
+    task: Waker,
+}
+
+impl Bell {
+    fn new(task: Waker) -> Self {
+        let rope = Arc::new(Rope {
+            pulled: AtomicBool::new(true),
+            task,
+        });
+        Self {
+            waker: rope.clone().into(),
+            rope,
+        }
+    }
+
+    /// The one of this task. Another has nothing to tell it, and a new one has rung.
+    fn of<'a>(bell: &'a mut Option<Self>, task: &Waker) -> &'a Self {
+        let known = bell.take().filter(|bell| bell.rope.task.will_wake(task));
+        bell.insert(known.unwrap_or_else(|| Self::new(task.clone())))
+    }
+
+    /// Whether it has rung since it was asked.
+    fn has_rung(&self) -> bool {
+        let pulled = &self.rope.pulled;
+        pulled.load(Ordering::Relaxed) && pulled.swap(false, Ordering::AcqRel)
+    }
+}
+
+impl Wake for Rope {
+    fn wake(self: Arc<Self>) {
+        self.wake_by_ref();
+    }
+
+    fn wake_by_ref(self: &Arc<Self>) {
+        self.pulled.store(true, Ordering::Release);
+        self.task.wake_by_ref();
+    }
+}
 
 /// A head that has begun.
 #[derive(Debug, Clone, Copy)]

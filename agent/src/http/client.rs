@@ -65,6 +65,23 @@ impl SendError {
     }
 }
 
+/// A request that was not answered.
+pub struct Unanswered {
+    /// Why.
+    pub error: SendError,
+    /// The request, if it never left and its connection [gives it back](Lease::gives_back).
+    pub unsent: Option<Box<Request<ReplayBody>>>,
+}
+
+impl From<SendError> for Unanswered {
+    fn from(error: SendError) -> Self {
+        Self {
+            error,
+            unsent: None,
+        }
+    }
+}
+
 /// A place on an upstream connection for one request. Dropped unused, a HTTP/1 connection is reset.
 pub struct Lease(pub(super) Kind);
 
@@ -103,9 +120,24 @@ impl Lease {
         self,
         request: Request<ReplayBody>,
     ) -> Result<Response<UpstreamBody>, SendError> {
+        let sent = self.send_or_return(request).await;
+        sent.map_err(|unanswered| unanswered.error)
+    }
+
+    /// Whether a request that never left comes back ([`Lease::send_or_return`]). HTTP/2 keeps it.
+    #[must_use]
+    pub fn gives_back(&self) -> bool {
+        matches!(self.0, Kind::H1 { .. })
+    }
+
+    /// [`Lease::send`], for who would send the request again if it never left.
+    pub async fn send_or_return(
+        self,
+        request: Request<ReplayBody>,
+    ) -> Result<Response<UpstreamBody>, Unanswered> {
         match self.0 {
             Kind::H1 { connection, home } => connection.send(home, request).await,
-            Kind::H2(place) => place.send(request).await,
+            Kind::H2(place) => Ok(place.send(request).await?),
         }
     }
 }

@@ -20,7 +20,9 @@ use thiserror::Error;
 use tokio::time::{Instant, sleep};
 
 use super::body::BodyError;
-use super::client::{Kind, Lease, NeverSent, SendError, UpstreamBody, UpstreamBodyKind};
+use super::client::{
+    Kind, Lease, NeverSent, SendError, Unanswered, UpstreamBody, UpstreamBodyKind,
+};
 use super::io::HttpIo;
 use super::places::Places;
 use super::pool::Terms;
@@ -148,7 +150,7 @@ impl H1 {
         mut self: Box<Self>,
         home: Arc<Upstreams>,
         mut request: Request<ReplayBody>,
-    ) -> Result<Response<UpstreamBody>, SendError> {
+    ) -> Result<Response<UpstreamBody>, Unanswered> {
         self.requests = self.requests.saturating_add(1);
         let tail = request.body().tail();
         let gate = hold_back(&mut request);
@@ -180,16 +182,19 @@ impl H1 {
             .await
         };
         let answer = answer.map_err(|mut error| match error.take_message() {
-            Some(_) => SendError::NeverSent(NeverSent::ClosedBeforeSent),
-            None => failure(error.into_error()),
+            Some(request) => Unanswered {
+                error: SendError::NeverSent(NeverSent::ClosedBeforeSent),
+                unsent: Some(Box::new(request)),
+            },
+            None => failure(error.into_error()).into(),
         })?;
         if answer.status() == StatusCode::SWITCHING_PROTOCOLS {
-            return self.switch(answer).await;
+            return Ok(self.switch(answer).await?);
         }
         // hyper goes by the chunks; another parser may go by the length.
         let headers = answer.headers();
         if headers.contains_key(TRANSFER_ENCODING) && headers.contains_key(CONTENT_LENGTH) {
-            return Err(SendError::Malformed(Box::new(BothLengths)));
+            return Err(SendError::Malformed(Box::new(BothLengths)).into());
         }
         let (head, incoming) = answer.into_parts();
         let body = H1Body::new(incoming, self, home, tail.as_ref());

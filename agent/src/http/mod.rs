@@ -30,7 +30,7 @@ mod upstreams;
 mod watch;
 
 pub use body::{BodyEnd, BodyError, BodyWatch, ProxyBody};
-pub use client::{Lease, NeverSent, SendError, UpstreamBody};
+pub use client::{Lease, NeverSent, SendError, Unanswered, UpstreamBody};
 pub use counters::HttpCounters;
 pub use detect::{Hint, Protocol, SNIFF_BYTES, Sniff, detect, detect_tunnel, hint, sniff};
 pub use framing::{Framing, Violation};

@@ -2,7 +2,6 @@
 
 use std::collections::HashMap;
 use std::future::Future;
-use std::hash::{BuildHasher, RandomState};
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Weak};
@@ -140,7 +139,8 @@ pub struct PoolStatus {
     pub streams: usize,
 }
 
-/// Keys are spread over so many maps, so that requests of different pods do not wait for each other.
+/// Keys are spread over so many maps, so that requests of different pods, and on different workers, do not wait for each
+/// other.
 const SHARDS: usize = 64;
 
 type Shard = Mutex<HashMap<UpstreamKey, Arc<Upstreams>>>;
@@ -149,7 +149,6 @@ type Shard = Mutex<HashMap<UpstreamKey, Arc<Upstreams>>>;
 pub struct UpstreamPool {
     limits: PoolLimits,
     shards: [Shard; SHARDS],
-    hasher: RandomState,
     totals: Arc<Totals>,
 }
 
@@ -160,7 +159,6 @@ impl UpstreamPool {
         let pool = Arc::new(Self {
             limits,
             shards: std::array::from_fn(|_| Mutex::default()),
-            hasher: RandomState::new(),
             totals: Arc::default(),
         });
         tokio::spawn(sweep(Arc::downgrade(&pool)));
@@ -232,8 +230,10 @@ impl UpstreamPool {
     }
 
     fn shard(&self, key: &UpstreamKey) -> &Shard {
-        let hash = self.hasher.hash_one(key);
-        &self.shards[(hash % SHARDS as u64) as usize]
+        // The kernel counts cookies up.
+        let worker = key.worker.map_or(0, |worker| worker.index() as u64);
+        let place = key.source.wrapping_add(worker) % SHARDS as u64;
+        &self.shards[place as usize]
     }
 
     fn close(&self, cut: Cut, which: impl Fn(&UpstreamKey) -> bool) {

@@ -4,7 +4,7 @@ use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -139,9 +139,8 @@ where
         limits: context.limits,
         counters: context.counters,
         refusals: &refusals,
-        // Tokens of its own: waiting on a token that many share takes its lock at each poll.
-        drain: &drain.child_token(),
-        stop: &stop.child_token(),
+        drain,
+        stop,
     };
     let end = match wire {
         Wire::Http1 => care.serve_http1(watched, desk).await,
@@ -180,11 +179,8 @@ where
     F: Future<Output = Result<Response<ProxyBody>, ResetNow>>,
 {
     /// Guards a request, has it served, and keeps an upstream that switched protocols.
-    pub(super) fn take(
-        &self,
-        request: Request<Incoming>,
-    ) -> impl Future<Output = Result<Response<Answer>, ResetNow>> + use<S, F> {
-        let mut active = self.shared.begin();
+    pub(super) fn take(&self, request: Request<Incoming>) -> Exchange<F> {
+        let active = self.shared.begin();
         let number = self.shared.requests.load(Ordering::Relaxed);
         let (mut head, body) = request.into_parts();
         let violation = self
@@ -201,38 +197,79 @@ where
         let last = self.requests.is_some_and(|most| number + 1 >= most);
         let http1 = head.version != http::Version::HTTP_2;
         self.counters.request();
-        let (shared, served) = match checked {
-            Ok(()) => {
-                let request = Request::from_parts(head, body);
-                (self.shared.clone(), Ok((self.service)(request)))
-            }
-            Err(bad) => {
-                let answer = self.refusals.refuse(bad, &head);
-                (self.shared.clone(), Err(answer))
-            }
+        let step = match checked {
+            // Boxed, so that a connection without a request has no room for one, and nothing of it is moved on its way.
+            Ok(()) => Step::Serving(Box::pin((self.service)(Request::from_parts(head, body)))),
+            Err(bad) => Step::Refused(self.refusals.refuse(bad, &head)),
         };
-        async move {
-            let (mut answer, close) = match served {
-                Ok(serving) => (serving.await?, last),
-                // Nobody knows where the next request begins.
-                Err(refused) => (refused, true),
-            };
-            if answer.status() == StatusCode::SWITCHING_PROTOCOLS {
-                let switched = answer.extensions_mut().remove::<Switched>();
-                let raw = switched.and_then(|switched| switched.take());
-                // A 101 with nobody behind it is no answer.
-                *shared.switched.lock() = Some(raw.ok_or(ResetNow)?);
-                shared.framing.lock().stop();
-            } else if close && http1 {
-                let close = HeaderValue::from_static("close");
-                answer.headers_mut().insert(CONNECTION, close);
-            }
-            active.answered();
-            Ok(answer.map(|body| Answer {
-                body,
-                _active: active,
-            }))
+        // After one that was refused nobody knows where the next begins.
+        let close = http1 && (last || matches!(step, Step::Refused(_)));
+        Exchange {
+            step,
+            close,
+            active: Some(active),
         }
+    }
+}
+
+/// A request that is being answered.
+pub(super) struct Exchange<F> {
+    step: Step<F>,
+    /// Whether the client is told that the connection takes no other.
+    close: bool,
+    /// Until there is an answer.
+    active: Option<Active>,
+}
+
+enum Step<F> {
+    Serving(Pin<Box<F>>),
+    Refused(Response<ProxyBody>),
+}
+
+impl<F> Future for Exchange<F>
+where
+    F: Future<Output = Result<Response<ProxyBody>, ResetNow>>,
+{
+    type Output = Result<Response<Answer>, ResetNow>;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let this = self.get_mut();
+        let answer = match &mut this.step {
+            Step::Serving(serving) => ready!(serving.as_mut().poll(cx)),
+            Step::Refused(answer) => Ok(std::mem::take(answer)),
+        };
+        match this.active.take() {
+            Some(active) => {
+                Poll::Ready(answer.and_then(|answer| active.answer(answer, this.close)))
+            }
+            // It was answered before, and nobody asks twice.
+            None => Poll::Pending,
+        }
+    }
+}
+
+impl Active {
+    /// Hands an answer over, and keeps an upstream that switched protocols.
+    fn answer(
+        mut self,
+        mut answer: Response<ProxyBody>,
+        close: bool,
+    ) -> Result<Response<Answer>, ResetNow> {
+        if answer.status() == StatusCode::SWITCHING_PROTOCOLS {
+            let switched = answer.extensions_mut().remove::<Switched>();
+            let raw = switched.and_then(|switched| switched.take());
+            // A 101 with nobody behind it is no answer.
+            *self.shared().switched.lock() = Some(raw.ok_or(ResetNow)?);
+            self.shared().framing.lock().stop();
+        } else if close {
+            let close = HeaderValue::from_static("close");
+            answer.headers_mut().insert(CONNECTION, close);
+        }
+        self.answered();
+        Ok(answer.map(|body| Answer {
+            body,
+            _active: self,
+        }))
     }
 }
 

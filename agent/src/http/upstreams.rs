@@ -106,25 +106,28 @@ impl Upstreams {
         F: Future<Output = Result<Connected, E>>,
         E: From<SendError>,
     {
+        if let Some(lease) = self.find(terms) {
+            return Ok(lease);
+        }
+        // Boxed: it is most of what a request's future would be, and few requests come here.
         match self.protocol {
-            Wire::Http1 => self.get_h1(terms, connect).await,
-            Wire::Http2 => self.get_h2(terms, connect).await,
+            Wire::Http1 => Box::pin(self.make_h1(terms, connect)).await,
+            Wire::Http2 => Box::pin(self.make_h2(terms, connect)).await,
         }
     }
 
-    async fn get_h1<C, F, E>(self: &Arc<Self>, terms: &Terms<'_>, connect: C) -> Result<Lease, E>
-    where
-        C: FnOnce() -> F,
-        F: Future<Output = Result<Connected, E>>,
-        E: From<SendError>,
-    {
-        // Nobody passes those who wait.
-        let is_crowded = terms.places.as_ref().is_some_and(|one| one.has_line());
-        if !is_crowded && let Some(connection) = self.take_idle(terms) {
-            return Ok((connection, self.clone()).into());
+    /// What [`Upstreams::get`] gives at once, if there is that.
+    #[must_use]
+    pub fn find(self: &Arc<Self>, terms: &Terms<'_>) -> Option<Lease> {
+        match self.protocol {
+            Wire::Http1 => {
+                // Nobody passes those who wait.
+                let is_crowded = terms.places.as_ref().is_some_and(|one| one.has_line());
+                let connection = (!is_crowded).then(|| self.take_idle(terms)).flatten()?;
+                Some((connection, self.clone()).into())
+            }
+            Wire::Http2 => self.multiplex(&mut self.state.lock(), terms),
         }
-        // Boxed: it is most of what a request's future would be, and few requests come here.
-        Box::pin(self.make_h1(terms, connect)).await
     }
 
     /// A connection that another leaves, or a new one.
@@ -315,19 +318,6 @@ impl Upstreams {
         } else if let Some(places) = places.filter(|places| places.has_line()) {
             self.pass_on(&places);
         }
-    }
-
-    async fn get_h2<C, F, E>(self: &Arc<Self>, terms: &Terms<'_>, connect: C) -> Result<Lease, E>
-    where
-        C: FnOnce() -> F,
-        F: Future<Output = Result<Connected, E>>,
-        E: From<SendError>,
-    {
-        if let Some(lease) = self.multiplex(&mut self.state.lock(), terms) {
-            return Ok(lease);
-        }
-        // Boxed, as for HTTP/1.
-        Box::pin(self.make_h2(terms, connect)).await
     }
 
     /// A stream of a connection that another makes, or of a new one.

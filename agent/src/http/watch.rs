@@ -49,6 +49,11 @@ pub(super) struct Active {
 }
 
 impl Active {
+    /// What its connection shares with it.
+    pub(super) fn shared(&self) -> &Shared {
+        &self.shared
+    }
+
     /// There is a head to answer with.
     pub(super) fn answered(&mut self) {
         self.answered = true;

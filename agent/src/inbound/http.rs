@@ -13,9 +13,10 @@ use tokio_util::sync::CancellationToken;
 
 use super::gate::{Caller, Refused, RequestGate};
 use crate::http::{
-    BodyEnd, BodyWatch, ClientView, Connected, Dialect, HttpCounters, HttpIo, PoolLimits,
-    ProxyBody, Replay, RequestId, ResetNow, SendError, Served, ServerContext, ServerLimits, Side,
-    Terms, Upstreams, Wire, own_response_in, request_info, serve_http, to_downstream, to_upstream,
+    BodyEnd, BodyWatch, ClientView, Connected, Dialect, HttpCounters, HttpIo, NeverSent,
+    PoolLimits, ProxyBody, Replay, RequestId, ResetNow, SendError, Served, ServerContext,
+    ServerLimits, Side, Terms, Upstreams, Wire, own_response_in, request_info, serve_http,
+    to_downstream, to_upstream,
 };
 use crate::mesh::Workload;
 use crate::telemetry::{ByteCount, RequestEnd, RequestRecord, Requester, ResponseFlag, Security};
@@ -173,11 +174,21 @@ impl<R: Redial> Visit<R> {
             let request = Request::from_parts(head, replay.attempt());
             return Ok(lease.send(request).await?);
         }
-        let request = Request::from_parts(head.clone(), replay.attempt());
-        match lease.send(request).await {
-            Err(SendError::NeverSent(_)) => {}
-            sent => return Ok(sent?),
-        }
+        let copy = (!lease.gives_back()).then(|| head.clone());
+        let request = Request::from_parts(head, replay.attempt());
+        let unsent = match lease.send_or_return(request).await {
+            Ok(answer) => return Ok(answer),
+            Err(crate::http::Unanswered {
+                error: SendError::NeverSent(_),
+                unsent,
+            }) => unsent,
+            Err(unanswered) => return Err(unanswered.error.into()),
+        };
+        let unsent = unsent.map(|request| request.into_parts().0);
+        // One of the two is there, as the lease said.
+        let Some(head) = unsent.or(copy) else {
+            return Err(SendError::NeverSent(NeverSent::ClosedBeforeSent).into());
+        };
         let lease = self.upstreams.get(&Terms::default(), connect).await?;
         let request = Request::from_parts(head, replay.attempt());
         Ok(lease.send(request).await?)

@@ -18,6 +18,12 @@ impl Clock {
     /// The time.
     #[must_use]
     pub fn now(self) -> Timestamp {
-        self.0.elapsed().into()
+        self.at(Instant::now())
+    }
+
+    /// The time at a moment that was looked at already.
+    #[must_use]
+    pub fn at(self, moment: Instant) -> Timestamp {
+        moment.saturating_duration_since(self.0).into()
     }
 }

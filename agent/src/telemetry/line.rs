@@ -6,6 +6,7 @@
 //! line of the log begins with before it.
 
 use std::fmt::{self, Display, Write as _};
+use std::sync::OnceLock;
 use std::time::{Duration, SystemTime};
 
 use time::OffsetDateTime;
@@ -17,6 +18,11 @@ use tracing_subscriber::registry::LookupSpan;
 
 use super::LogFormat;
 use super::access_log::TARGET;
+
+/// Fields that lines have in common, as they stand there: written once, when the first of these lines is, and copied
+/// into all others.
+#[derive(Debug, Default)]
+pub(super) struct Common(OnceLock<(LogFormat, Box<str>)>);
 
 /// A line on its way into the log. Text is quoted and escaped, in both formats, so what a peer put
 /// into a name or an error cannot forge a line.
@@ -34,21 +40,38 @@ impl<'a, 'f> Line<'a, 'f> {
         message: &'static str,
         fields: impl FnOnce(&mut Self),
     ) -> fmt::Result {
-        let format = match out.alternate() {
-            true => LogFormat::Json,
-            false => LogFormat::Text,
-        };
-        let written = match format {
-            LogFormat::Text => out.write_str(message),
-            LogFormat::Json => write!(out, "\"message\":\"{message}\""),
-        };
-        let mut line = Self {
-            out,
-            format,
-            written,
+        let mut line = Self::new(out);
+        line.written = match line.format {
+            LogFormat::Text => line.out.write_str(message),
+            LogFormat::Json => write!(line.out, "\"message\":\"{message}\""),
         };
         fields(&mut line);
         line.written
+    }
+
+    fn new(out: &'a mut fmt::Formatter<'f>) -> Self {
+        Self {
+            format: match out.alternate() {
+                true => LogFormat::Json,
+                false => LogFormat::Text,
+            },
+            out,
+            written: Ok(()),
+        }
+    }
+
+    /// Adds the fields that `fields` adds, which must be the same for every line with this `common`.
+    pub fn common(&mut self, common: &Common, fields: impl Fn(&mut Line<'_, '_>)) -> &mut Self {
+        let (format, text) = common
+            .0
+            .get_or_init(|| (self.format, Fields(&fields).written(self.format)));
+        if *format != self.format {
+            // Of a log of another format, which there is in tests.
+            fields(self);
+        } else if self.written.is_ok() {
+            self.written = self.out.write_str(text);
+        }
+        self
     }
 
     /// Adds a text, if there is one.
@@ -72,7 +95,9 @@ impl<'a, 'f> Line<'a, 'f> {
     /// Adds a number, if there is one.
     pub fn number(&mut self, name: &str, value: Option<impl Into<u64>>) -> &mut Self {
         match value {
-            Some(value) => self.add(name, |line| Display::fmt(&value.into(), line.out)),
+            Some(value) => self.add(name, |line| {
+                line.out.write_str(itoa::Buffer::new().format(value.into()))
+            }),
             None => self,
         }
     }
@@ -82,9 +107,15 @@ impl<'a, 'f> Line<'a, 'f> {
         let Some(value) = value else {
             return self;
         };
-        let millis = (value + Duration::from_micros(500)).as_millis();
+        let rounded = value.saturating_add(Duration::from_micros(500));
         self.add(name, |line| {
-            write!(line.out, "{}.{:03}", millis / 1_000, millis % 1_000)
+            let seconds = rounded.as_secs();
+            line.out.write_str(itoa::Buffer::new().format(seconds))?;
+            // Three digits behind one that is no part of it.
+            let millis = 1_000 + rounded.subsec_millis();
+            let mut digits = itoa::Buffer::new();
+            line.out.write_char('.')?;
+            line.out.write_str(&digits.format(millis)[1..])
         })
     }
 
@@ -133,7 +164,8 @@ struct Escaped<'a, 'f> {
 impl fmt::Write for Escaped<'_, '_> {
     fn write_str(&mut self, text: &str) -> fmt::Result {
         let is_plain = |c: u8| (0x20..0x7f).contains(&c) && c != b'"' && c != b'\\';
-        if text.bytes().all(is_plain) {
+        // Looks at all of them whatever it has seen, many at a time.
+        if text.bytes().fold(true, |all, c| all & is_plain(c)) {
             return self.out.write_str(text);
         }
         let quoted = match self.format {
@@ -169,6 +201,27 @@ fn write_moment(out: &mut impl fmt::Write, moment: SystemTime) -> fmt::Result {
         }
     }
     out.write_str(str::from_utf8(&text).map_err(|_| fmt::Error)?)
+}
+
+/// Fields without a line.
+struct Fields<F>(F);
+
+impl<F: Fn(&mut Line<'_, '_>)> Fields<F> {
+    fn written(self, format: LogFormat) -> Box<str> {
+        match format {
+            LogFormat::Text => format!("{self:?}"),
+            LogFormat::Json => format!("{self:#?}"),
+        }
+        .into()
+    }
+}
+
+impl<F: Fn(&mut Line<'_, '_>)> fmt::Debug for Fields<F> {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut line = Line::new(out);
+        (self.0)(&mut line);
+        line.written
+    }
 }
 
 /// Writes the lines of the access log, and leaves all others to tracing's own format.
@@ -211,13 +264,13 @@ where
                 write!(writer, "\",\"level\":\"{level}\",")?;
             }
         }
-        let mut fields = Fields {
+        let mut line = LineField {
             writer: writer.by_ref(),
             format: self.format,
             written: Ok(()),
         };
-        event.record(&mut fields);
-        fields.written?;
+        event.record(&mut line);
+        line.written?;
         match self.format {
             LogFormat::Text => writer.write_char('\n'),
             LogFormat::Json => writeln!(writer, ",\"target\":\"{TARGET}\"}}"),
@@ -226,13 +279,13 @@ where
 }
 
 /// The one field of such an event.
-struct Fields<'a> {
+struct LineField<'a> {
     writer: Writer<'a>,
     format: LogFormat,
     written: fmt::Result,
 }
 
-impl Visit for Fields<'_> {
+impl Visit for LineField<'_> {
     fn record_debug(&mut self, _: &Field, line: &dyn fmt::Debug) {
         let written = match self.format {
             LogFormat::Text => write!(self.writer, "{line:?}"),
@@ -271,6 +324,61 @@ mod tests {
             " number=7 seconds=1.013"
         );
         assert_eq!(line, expected);
+    }
+
+    /// Two lines of the same, of which the second is told of another number.
+    struct Alike<'a>(&'a Common, u32);
+
+    impl fmt::Debug for Alike<'_> {
+        fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+            Line::write(out, "told", |line| {
+                line.number("before", Some(1_u32))
+                    .common(self.0, |line| {
+                        line.text("text", Some("a \"b\""))
+                            .number("number", Some(self.1));
+                    })
+                    .text("after", Some("c"));
+            })
+        }
+    }
+
+    #[test]
+    fn what_lines_have_in_common_is_written_once_for_each_log() {
+        let common = Common::default();
+        let first = r#"told before=1 text="a \"b\"" number=7 after="c""#;
+        assert_eq!(format!("{:?}", Alike(&common, 7)), first);
+        assert_eq!(format!("{:?}", Alike(&common, 8)), first);
+        let json = format!("{{{:#?}}}", Alike(&common, 8));
+        let json: serde_json::Value = serde_json::from_str(&json).unwrap();
+        assert_eq!(json["text"], "a \"b\"");
+        assert_eq!((&json["number"], &json["after"]), (&8.into(), &"c".into()));
+    }
+
+    #[test]
+    fn seconds_are_rounded_to_the_millisecond() {
+        for (micros, written) in [
+            (0, "0.000"),
+            (499, "0.000"),
+            (500, "0.001"),
+            (999_499, "0.999"),
+            (999_500, "1.000"),
+            (61_070_000, "61.070"),
+        ] {
+            let line = format!("{:?}", Lasted(Duration::from_micros(micros)));
+            assert_eq!(line, format!("lasted seconds={written}"));
+        }
+        let line = format!("{:?}", Lasted(Duration::MAX));
+        assert_eq!(line, format!("lasted seconds={}.999", u64::MAX));
+    }
+
+    struct Lasted(Duration);
+
+    impl fmt::Debug for Lasted {
+        fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+            Line::write(out, "lasted", |line| {
+                line.seconds("seconds", Some(self.0));
+            })
+        }
     }
 
     proptest! {

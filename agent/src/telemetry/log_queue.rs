@@ -13,7 +13,7 @@ use tracing_subscriber::fmt::MakeWriter;
 /// Bytes of lines that may wait to be written; lines beyond are dropped and counted.
 const QUEUE_BYTES: usize = 8 * 1024 * 1024;
 
-/// Of a buffer that grew in a burst, no more is kept than this.
+/// Of a buffer that grew in a burst, no more is kept than this once no line comes any more.
 const KEPT_BYTES: usize = 64 * 1024;
 
 /// A line is written at once, and those that follow it within this are written together.
@@ -114,9 +114,13 @@ impl Shared {
             // Nobody can be told of an output that is closed.
             let _ = output.write_all(&lines).and_then(|()| output.flush());
             lines.clear();
-            lines.shrink_to(KEPT_BYTES);
             self.gather();
             state = self.state.lock();
+            // While more lines come, they need as much room as those before.
+            if state.lines.is_empty() {
+                lines.shrink_to(KEPT_BYTES);
+                state.lines.shrink_to(KEPT_BYTES);
+            }
         }
     }
 

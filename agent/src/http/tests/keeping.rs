@@ -116,6 +116,34 @@ async fn a_connection_that_the_upstream_has_closed_is_not_used_again() {
 }
 
 #[tokio::test]
+async fn a_request_that_never_left_comes_back_to_who_would_send_it_again() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let (connected, accepted) = tokio::join!(TcpStream::connect(address), listener.accept());
+    let socket = connected.unwrap().into_std().unwrap();
+    // The same socket once more: tells when the close has arrived.
+    let closed = TcpStream::from_std(socket.try_clone().unwrap()).unwrap();
+    let socket = TcpStream::from_std(socket).unwrap();
+    let pool = UpstreamPool::new(PoolLimits::default());
+    let key = key(address, Wire::Http1);
+    let connect = || async { Ok::<_, SendError>(Connected::from(socket)) };
+    let lease = pool.get(&key, &Terms::default(), connect).await.unwrap();
+    assert!(lease.gives_back());
+    drop(accepted);
+    closed.readable().await.unwrap();
+    let unanswered = lease.send_or_return(get()).await.err().unwrap();
+    assert!(
+        matches!(
+            unanswered.error,
+            SendError::NeverSent(NeverSent::ClosedBeforeSent)
+        ),
+        "{}",
+        unanswered.error
+    );
+    assert_eq!(unanswered.unsent.unwrap().headers()["host"], "shop");
+}
+
+#[tokio::test]
 async fn an_answer_that_is_dropped_halfway_takes_its_connection_with_it() {
     let (sender, mut heard) = mpsc::unbounded_channel();
     let upstream = Upstream::new(move |mut stream| {

@@ -103,20 +103,21 @@ pub(super) fn pass_on<N: Network>(
         by.answer_session(endpoint, &mut head);
     }
     routed.filter(&mut head);
-    record.answered(head.status);
+    let moved = Instant::now();
+    record.answered_at(head.status, moved);
     if kind == Kind::Grpc
         && let Some(status) = grpc_status(&head.headers)
     {
         record.grpc_status(status.into());
     }
     let clock = client.engine.clock();
-    let now = clock.now();
+    let now = clock.at(moved);
     let stream = &judges.leg.policy.streams;
     let ends = [
         deadline.left(now),
         stream
             .max_duration
-            .map(|most| most.saturating_sub(record.started().elapsed())),
+            .map(|most| most.saturating_sub(moved.saturating_duration_since(record.started()))),
     ];
     let ends = ends.into_iter().flatten().min();
     let mut body = AnswerBody {
@@ -124,12 +125,10 @@ pub(super) fn pass_on<N: Network>(
         first,
         outcome,
         idle: stream.stream_idle,
-        ends: ends.map(|left| Instant::now() + left),
+        ends: ends.map(|left| moved + left),
         // A failure is told at once: a body does not make it better.
-        decides: judges
-            .is_probe()
-            .then(|| Instant::now() + PROBE_DECIDES_AFTER),
-        moved: Instant::now(),
+        decides: judges.is_probe().then(|| moved + PROBE_DECIDES_AFTER),
+        moved,
         taken: sent.taken(),
         sent,
         timer: None,
@@ -143,10 +142,10 @@ pub(super) fn pass_on<N: Network>(
     if outcome
         .is_some_and(|outcome| outcome.of_destination() == Some(crate::resilience::Verdict::Bad))
     {
-        body.settle(outcome.unwrap_or(Outcome::Success));
+        body.settle(outcome.unwrap_or(Outcome::Success), moved);
     }
     if body.is_end_stream() {
-        body.end(RequestEnd::Complete);
+        body.end(RequestEnd::Complete, moved);
         return Response::from_parts(head, ProxyBody::Empty);
     }
     Response::from_parts(head, ProxyBody::Other(Box::pin(body)))
@@ -203,14 +202,14 @@ enum Over {
 
 impl AnswerBody {
     /// Tells judges how it goes, while it goes on.
-    fn settle(&mut self, outcome: Outcome) {
+    fn settle(&mut self, outcome: Outcome, now: Instant) {
         self.decides = None;
         if let Some(watch) = &mut self.watch {
-            watch.judges.settle(outcome, self.clock.now());
+            watch.judges.settle(outcome, self.clock.at(now));
         }
     }
 
-    fn end(&mut self, end: RequestEnd) {
+    fn end(&mut self, end: RequestEnd, now: Instant) {
         let Some(watch) = self.watch.take() else {
             return;
         };
@@ -235,14 +234,14 @@ impl AnswerBody {
                 Outcome::Cancelled
             }
         };
-        judges.finish(outcome, self.clock.now());
+        judges.finish(outcome, self.clock.at(now));
         record.bytes().add_received(self.sent.taken());
-        record.close(end);
+        record.close_at(end, now);
         drop(place);
     }
 
-    fn passed(&mut self, frame: &Frame<Bytes>) {
-        self.moved = Instant::now();
+    fn passed(&mut self, frame: &Frame<Bytes>, now: Instant) {
+        self.moved = now;
         let Some(watch) = &mut self.watch else {
             return;
         };
@@ -279,7 +278,7 @@ impl AnswerBody {
             std::task::ready!(timer.as_mut().poll(cx));
             let now = Instant::now();
             if self.decides.is_some_and(|at| at <= now) {
-                self.settle(Outcome::Success);
+                self.settle(Outcome::Success, now);
             }
             if self.ends.is_some_and(|at| at <= now) {
                 return Poll::Ready(Over::Deadline);
@@ -302,7 +301,7 @@ impl AnswerBody {
         if let Some(watch) = &mut self.watch {
             watch.record.flag(flag);
         }
-        self.end(RequestEnd::Cut);
+        self.end(RequestEnd::Cut, Instant::now());
         BodyError::Ended(flag.as_str())
     }
 }
@@ -326,16 +325,17 @@ impl Body for AnswerBody {
                 }
             },
         };
+        let now = Instant::now();
         match &frame {
             Some(Ok(frame)) => {
-                this.passed(frame);
+                this.passed(frame, now);
                 // Who polls does not come back for an end that it can see.
                 if this.is_end_stream() {
-                    this.end(RequestEnd::Complete);
+                    this.end(RequestEnd::Complete, now);
                 }
             }
-            Some(Err(_)) => this.end(RequestEnd::ResetByDestination),
-            None => this.end(RequestEnd::Complete),
+            Some(Err(_)) => this.end(RequestEnd::ResetByDestination, now),
+            None => this.end(RequestEnd::Complete, now),
         }
         Poll::Ready(frame)
     }
@@ -355,6 +355,8 @@ impl Body for AnswerBody {
 
 impl Drop for AnswerBody {
     fn drop(&mut self) {
-        self.end(RequestEnd::ResetBySource);
+        if self.watch.is_some() {
+            self.end(RequestEnd::ResetBySource, Instant::now());
+        }
     }
 }

@@ -55,12 +55,23 @@ pub(super) struct Failed {
 }
 
 /// How far an attempt has come to a connection.
-#[derive(Default)]
-struct Reaching {
-    /// How long it took.
+pub(super) struct Reaching {
+    /// Since when it is on its way.
+    began: Timestamp,
+    /// How long it took, if none was free.
     connecting: Duration,
     /// Whether it waits for one of those that others use.
     waits: AtomicBool,
+}
+
+impl Reaching {
+    pub(super) fn begin(now: Timestamp) -> Self {
+        Self {
+            began: now,
+            connecting: Duration::ZERO,
+            waits: AtomicBool::new(false),
+        }
+    }
 }
 
 /// Why one attempt was not answered.
@@ -113,7 +124,8 @@ pub(super) async fn attempts<N: Network>(
         method: request.method(),
         body: request.body.nature(),
     };
-    let mut retries = Retries::begin(&purse, nature, request.deadline, clock.now());
+    let mut began = clock.now();
+    let mut retries = Retries::begin(&purse, nature, request.deadline, began);
     let mut tried: Vec<EndpointId> = Vec::new();
     let mut waited = Duration::ZERO;
     loop {
@@ -123,13 +135,19 @@ pub(super) async fn attempts<N: Network>(
             false => Probing::Forbidden,
         };
         let session = session.filter(|_| tried.is_empty());
-        let picked = pick(client, view, leg, request, session, &tried, probing);
+        let mut hash = leg.policy.hash.iter();
+        let hash = hash.find_map(|key| key.of(&request.head.headers, client.caller.source.0));
+        let ask = Ask {
+            tried: &tried,
+            hash,
+            probing,
+        };
+        let picked = pick(view, leg, session, &ask, began);
         let Some(mut picked) = picked else {
             return Err(no_endpoint());
         };
         let endpoint = picked.endpoint().clone();
-        let began = clock.now();
-        let mut reaching = Reaching::default();
+        let mut reaching = Reaching::begin(began);
         let sent = {
             let limit = leg.timeouts.attempt(request.deadline, began);
             let number = retries.made() + 1;
@@ -190,6 +208,7 @@ pub(super) async fn attempts<N: Network>(
                 tried.push(endpoint);
                 waited = after;
                 sleep(after).await;
+                began = clock.now();
             }
             Decision::Stop(stop) => {
                 if let Some(event) = refused(stop) {
@@ -229,28 +248,15 @@ async fn send<N: Network>(
     number: u32,
     reaching: &mut Reaching,
 ) -> Result<Response<UpstreamBody>, AttemptError> {
-    let clock = client.engine.clock();
     let way = view.way(client, endpoint)?;
     request
         .record
         .endpoint(way.endpoint, way.workload.as_ref(), way.security());
-    let began = clock.now();
-    let limit = leg.timeouts.connect(request.deadline, began);
-    let lease = lease(
-        client,
-        leg,
-        &way,
-        request.head.version,
-        limit,
-        &reaching.waits,
-    )
-    .await;
-    let connected = clock.now();
-    reaching.connecting = connected.since(began);
-    let lease = lease?;
+    let limit = leg.timeouts.connect(request.deadline, reaching.began);
+    let lease = lease(client, leg, &way, request.head.version, limit, reaching).await?;
     client.network.reached(&way);
     let reused = lease.is_reused();
-    let attempt = request.attempt(request.body.attempt(), number, connected);
+    let attempt = request.attempt(request.body.attempt(), number, client.engine.clock());
     let sent = lease.send(attempt).await;
     sent.map_err(|error| AttemptError::Send { error, reused })
 }
@@ -262,7 +268,7 @@ pub(super) async fn lease<N: Network>(
     way: &Way,
     version: Version,
     limit: Duration,
-    waits: &AtomicBool,
+    reaching: &mut Reaching,
 ) -> Result<Lease, AttemptError> {
     let key = UpstreamKey {
         source: client.caller.source.0,
@@ -285,9 +291,17 @@ pub(super) async fn lease<N: Network>(
             To::Service(to) => to.destination.places(),
             To::Pod(..) | To::Nowhere => None,
         },
-        waits: Some(waits),
+        waits: Some(&reaching.waits),
     };
-    client.engine.pool.get(&key, &terms, connect).await
+    let upstreams = client.engine.pool.upstreams(&key);
+    if let Some(lease) = upstreams.find(&terms) {
+        return Ok(lease);
+    }
+    let clock = client.engine.clock();
+    let began = clock.now();
+    let connected = upstreams.get(&terms, connect).await;
+    reaching.connecting = clock.now().since(began);
+    connected
 }
 
 fn kind_of(way: &Way) -> KeyWay {
@@ -348,21 +362,18 @@ impl Picked {
     }
 }
 
-fn pick<N: Network>(
-    client: &Client<N>,
+fn pick(
     view: &View,
     leg: &Leg,
-    request: &Outgoing,
     session: Option<SocketAddr>,
-    tried: &[EndpointId],
-    probing: Probing,
+    ask: &Ask<'_, EndpointId>,
+    now: Timestamp,
 ) -> Option<Picked> {
     let to = match &leg.to {
         To::Service(to) => to,
         To::Pod(endpoint, _) => return Some(Picked::Pod(endpoint.clone())),
         To::Nowhere => return None,
     };
-    let now = client.engine.clock().now();
     let with_session = session.and_then(|address| {
         let endpoint = view.endpoint_at(to.destination.id(), address)?;
         to.endpoints.pick_this(&endpoint, now)
@@ -370,16 +381,7 @@ fn pick<N: Network>(
     if let Some(attempt) = with_session {
         return Some(Picked::Balanced(attempt));
     }
-    let hash = &leg.policy.hash;
-    let hash = hash
-        .iter()
-        .find_map(|key| key.of(&request.head.headers, client.caller.source.0));
-    let ask = Ask {
-        tried,
-        hash,
-        probing,
-    };
-    let attempt = to.endpoints.pick(&ask, &mut rand::rng(), now);
+    let attempt = to.endpoints.pick(ask, &mut rand::rng(), now);
     attempt.map(Picked::Balanced)
 }
 

@@ -1,14 +1,13 @@
 //! Copies of requests for mirrors. Whatever becomes of one, the request itself is not concerned.
 
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use http::Request;
 use http_body_util::BodyExt;
 use tokio::time::timeout;
 
-use super::attempt::{AttemptError, lease};
+use super::attempt::{AttemptError, Reaching, lease};
 use super::leg::{Leg, To};
 use super::request::{Kind, Outgoing};
 use super::route::Routed;
@@ -48,7 +47,7 @@ pub(super) fn copy<N: Network>(
             continue;
         };
         request.record.event(RequestEvent::MirrorSent);
-        let copy = request.attempt(body.attempt(), 1, client.engine.clock().now());
+        let copy = request.attempt(body.attempt(), 1, client.engine.clock());
         let (client, view, kind) = (client.clone(), view.clone(), request.kind);
         let events = request.record.events();
         fairness::spawn(async move {
@@ -88,8 +87,8 @@ async fn send<N: Network>(
             .way(client, attempt.target())
             .map_err(AttemptError::from)?;
         let version = request.version();
-        let waits = AtomicBool::new(false);
-        let lease = lease(client, leg, &way, version, leg.timeouts.connect, &waits).await?;
+        let reaching = &mut Reaching::begin(clock.now());
+        let lease = lease(client, leg, &way, version, leg.timeouts.connect, reaching).await?;
         let reused = lease.is_reused();
         let sent = lease.send(request).await;
         sent.map_err(|error| AttemptError::Send { error, reused })

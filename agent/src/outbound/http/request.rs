@@ -11,6 +11,7 @@ use super::leg::Leg;
 use super::{Client, Network};
 use crate::fairness::Quota;
 use crate::http::{Replay, ReplayBody, RequestId, is_grpc, to_upstream};
+use crate::outbound::clock::Clock;
 use crate::resilience::Timestamp;
 use crate::resilience::limit::Slot;
 use crate::resilience::retry;
@@ -124,7 +125,7 @@ impl Outgoing {
         &self,
         body: ReplayBody,
         number: u32,
-        now: Timestamp,
+        clock: Clock,
     ) -> Request<ReplayBody> {
         let mut request = Request::new(body);
         *request.method_mut() = self.head.method.clone();
@@ -134,7 +135,7 @@ impl Outgoing {
         headers.clone_from(&self.head.headers);
         headers.insert(ATTEMPT, attempt_number(number));
         if self.kind == Kind::Grpc {
-            deadline::tell(self.deadline, headers, now);
+            deadline::tell(self.deadline, headers, clock.now());
         }
         request
     }

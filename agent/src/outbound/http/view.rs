@@ -3,7 +3,7 @@
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use parking_lot::Mutex;
 
@@ -21,6 +21,7 @@ const KEPT: usize = 1024;
 pub(super) struct View {
     pub(super) snapshot: Arc<Snapshot>,
     routes: Option<Arc<RouteTable>>,
+    own: OnceLock<Arc<Leg>>,
     legs: Mutex<HashMap<LegKey, Arc<Leg>>>,
     ways: Mutex<HashMap<EndpointId, Arc<Way>>>,
 }
@@ -34,8 +35,6 @@ struct LegKey {
 }
 
 impl LegKey {
-    const OWN: usize = 0;
-
     fn new<T>(rule: Option<&Arc<Rule>>, target: &T) -> Self {
         Self {
             rule: rule.map(|rule| Arc::as_ptr(rule) as usize),
@@ -53,6 +52,7 @@ impl View {
         Self {
             snapshot,
             routes,
+            own: OnceLock::new(),
             legs: Mutex::default(),
             ways: Mutex::default(),
         }
@@ -65,14 +65,15 @@ impl View {
 
     /// The leg of requests that no route is attached for.
     pub(super) fn own<N: Network>(&self, client: &Client<N>) -> Arc<Leg> {
-        let key = LegKey {
-            rule: None,
-            target: LegKey::OWN,
-        };
-        self.leg(key, || match &client.caller.frontend {
-            Frontend::Service { service, port } => self.to_service(client, service, *port, None),
-            Frontend::Pod(endpoint) => self.to_pod(&client.engine, endpoint),
-        })
+        let leg = self.own.get_or_init(|| {
+            Arc::new(match &client.caller.frontend {
+                Frontend::Service { service, port } => {
+                    self.to_service(client, service, *port, None)
+                }
+                Frontend::Pod(endpoint) => self.to_pod(&client.engine, endpoint),
+            })
+        });
+        leg.clone()
     }
 
     /// The leg from a rule to one of its backends. None if that is no Service's.

@@ -4,7 +4,7 @@ use std::fmt::{self, Write};
 use std::sync::atomic::Ordering;
 
 use super::record::{RequestRecord, Times};
-use super::requester::Scope;
+use super::requester::{Requester, Scope};
 use super::{AttemptView, RequestEnd, ResponseFlag};
 use crate::telemetry::ACCESS_LOG_TARGET;
 use crate::telemetry::line::Line;
@@ -40,38 +40,12 @@ impl fmt::Debug for Ended<'_> {
             end,
         } = self;
         let requester = &record.requester;
-        let (source, destination) = (&requester.source, &scope.destination);
-        let (service, info) = (scope.service.as_ref(), &record.info);
+        let info = &record.info;
         let path = info.path.as_ref().map(|path| path.path());
         Line::write(out, "request ended", |line| {
             line.number("connection", Some(requester.connection))
                 .text("request_id", info.request_id.as_deref().map(bounded))
-                .text("direction", Some(requester.direction.as_str()))
-                .text("source_workload", source.workload.as_deref())
-                .text("source_workload_namespace", source.namespace.as_deref())
-                .text("source_version", source.version.as_deref())
-                .shown("source_pod", source.pod.as_ref())
-                .shown("source_principal", source.identity.as_ref())
-                .shown("source_address", Some(&source.address))
-                .text("destination_workload", destination.workload.as_deref())
-                .text(
-                    "destination_workload_namespace",
-                    destination.namespace.as_deref(),
-                )
-                .text("destination_version", destination.version.as_deref())
-                .shown("destination_pod", destination.pod.as_ref())
-                .shown("destination_principal", destination.identity.as_ref())
-                .shown("destination_address", Some(&destination.address))
-                .text(
-                    "destination_service_name",
-                    service.map(|service| &*service.name),
-                )
-                .text(
-                    "destination_service_namespace",
-                    service.map(|service| &*service.namespace),
-                )
-                .text("route", scope.route.as_deref())
-                .text("connection_security_policy", Some(scope.security.as_str()))
+                .common(&scope.line, |line| ends(line, requester, scope))
                 .text("request_protocol", Some(info.protocol.as_str()))
                 .text("method", Some(bounded(info.method.as_str())))
                 .text("host", info.host.as_deref().map(bounded))
@@ -99,6 +73,38 @@ impl fmt::Debug for Ended<'_> {
                 .text("detail", record.detail.as_deref());
         })
     }
+}
+
+/// Who asked whom for what: the same for all requests of a scope.
+fn ends(line: &mut Line<'_, '_>, requester: &Requester, scope: &Scope) {
+    let (source, destination) = (&requester.source, &scope.destination);
+    let service = scope.service.as_ref();
+    line.text("direction", Some(requester.direction.as_str()))
+        .text("source_workload", source.workload.as_deref())
+        .text("source_workload_namespace", source.namespace.as_deref())
+        .text("source_version", source.version.as_deref())
+        .shown("source_pod", source.pod.as_ref())
+        .shown("source_principal", source.identity.as_ref())
+        .shown("source_address", Some(&source.address))
+        .text("destination_workload", destination.workload.as_deref())
+        .text(
+            "destination_workload_namespace",
+            destination.namespace.as_deref(),
+        )
+        .text("destination_version", destination.version.as_deref())
+        .shown("destination_pod", destination.pod.as_ref())
+        .shown("destination_principal", destination.identity.as_ref())
+        .shown("destination_address", Some(&destination.address))
+        .text(
+            "destination_service_name",
+            service.map(|service| &*service.name),
+        )
+        .text(
+            "destination_service_namespace",
+            service.map(|service| &*service.namespace),
+        )
+        .text("route", scope.route.as_deref())
+        .text("connection_security_policy", Some(scope.security.as_str()));
 }
 
 /// The attempts, if there were several or the only one failed: of others the rest of the line

@@ -170,8 +170,13 @@ impl RequestRecord {
 
     /// The answer's head goes to the client: its status, and the end of the time to the first byte.
     pub fn answered(&mut self, status: http::StatusCode) {
+        self.answered_at(status, Instant::now());
+    }
+
+    /// [`RequestRecord::answered`], for who has looked at the clock.
+    pub fn answered_at(&mut self, status: http::StatusCode, now: Instant) {
         self.status = Some(status.as_u16());
-        self.first_byte = Some(Instant::now());
+        self.first_byte = Some(now);
     }
 
     /// `grpc-status`, from the trailers or the head.
@@ -192,11 +197,16 @@ impl RequestRecord {
     }
 
     /// Ends it.
-    pub fn close(mut self, end: RequestEnd) {
-        self.end(end);
+    pub fn close(self, end: RequestEnd) {
+        self.close_at(end, Instant::now());
     }
 
-    fn end(&mut self, end: RequestEnd) {
+    /// [`RequestRecord::close`], for who has looked at the clock.
+    pub fn close_at(mut self, end: RequestEnd, now: Instant) {
+        self.end(end, now);
+    }
+
+    fn end(&mut self, end: RequestEnd, now: Instant) {
         self.ended = true;
         self.flag = self.flag.or(match end {
             RequestEnd::Complete => None,
@@ -205,7 +215,7 @@ impl RequestRecord {
             RequestEnd::Cut => Some(ResponseFlag::StreamTimeout),
             RequestEnd::Cancelled => Some(ResponseFlag::Cancelled),
         });
-        let times = self.times(Instant::now());
+        let times = self.times(now);
         let outcome = OutcomeLabels {
             method: MethodLabel::of(&self.info.method),
             status: StatusLabel::of(self.status),
@@ -256,7 +266,7 @@ impl RequestRecord {
 impl Drop for RequestRecord {
     fn drop(&mut self) {
         if !self.ended {
-            self.end(RequestEnd::Cancelled);
+            self.end(RequestEnd::Cancelled, Instant::now());
         }
     }
 }

@@ -1,6 +1,5 @@
 //! Whose requests are counted, and what they have in common.
 
-use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
 
@@ -12,6 +11,7 @@ use super::table::Tracked;
 use super::{RequestInfo, RequestRecord};
 use crate::mesh::{ObjectName, Workload};
 use crate::telemetry::labels::Labels;
+use crate::telemetry::line::Common;
 use crate::telemetry::{ConnectionInfo, Direction, Party, Security, Telemetry};
 
 /// Scopes that a connection keeps. At the bound it forgets all and begins anew: a scope costs one
@@ -26,7 +26,8 @@ pub struct Requester {
     pub(super) source: Party,
     pub(super) original_destination: SocketAddr,
     pub(super) connection: u64,
-    scopes: Mutex<HashMap<ScopeKey, Arc<Scope>>>,
+    /// The one that was asked for last is at the front: of several there are few.
+    scopes: Mutex<Vec<(ScopeKey, Arc<Scope>)>>,
 }
 
 /// Requests that differ in nothing but what they ask and how they are answered.
@@ -41,11 +42,13 @@ pub(super) struct Scope {
     pub series: Arc<Tracked<ScopeSeries>>,
     pub route_scope: RouteScope,
     pub route_series: Arc<Tracked<RouteSeries>>,
+    /// What the lines of all its requests say of the two ends, once there was one: some 600 bytes.
+    pub line: Common,
 }
 
 /// By address of the texts, which the scope keeps alive: comparing them would cost more than it
 /// saves.
-#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, PartialEq, Eq)]
 struct ScopeKey {
     service: Option<(usize, usize)>,
     route: Option<usize>,
@@ -123,15 +126,20 @@ impl Requester {
         endpoint: Option<&ChosenEndpoint<'_>>,
     ) -> Arc<Scope> {
         let key = ScopeKey::of(service, route, endpoint);
-        if let Some(scope) = self.scopes.lock().get(&key) {
-            return scope.clone();
+        {
+            let mut scopes = self.scopes.lock();
+            if let Some(at) = scopes.iter().position(|(known, _)| *known == key) {
+                scopes.swap(0, at);
+                return scopes[0].1.clone();
+            }
         }
+        // Not under the lock: the tables of series have locks of their own.
         let scope = Arc::new(self.new_scope(service, route, endpoint));
         let mut scopes = self.scopes.lock();
         if scopes.len() >= SCOPES {
             scopes.clear();
         }
-        scopes.insert(key, scope.clone());
+        scopes.push((key, scope.clone()));
         scope
     }
 
@@ -171,6 +179,7 @@ impl Requester {
             labels,
             route_series: http.routes.get(&route_scope),
             route_scope,
+            line: Common::default(),
         }
     }
 }
