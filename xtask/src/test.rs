@@ -69,6 +69,8 @@ fn steps(options: &Options, clock: &mut Clock) -> Result<()> {
         Ok(())
     };
     if options.filter.is_none() {
+        // The other side of the agent's TLS.
+        machine::require(&[machine::OPENSSL])?;
         suite("unit tests", &unit, &[])?;
         suite("unit tests of the lab", &lab, &[])?;
         suite("examples of the lab", &examples, &[])?;

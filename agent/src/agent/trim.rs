@@ -15,7 +15,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::telemetry::{Labelled, Telemetry};
 use crate::workers::Workers;
-use crate::{capture, relay};
+use crate::{capture, relay, tunnel};
 
 /// How often it is looked.
 const LOOK: Duration = Duration::from_secs(1);
@@ -52,6 +52,7 @@ pub(super) async fn run(workers: Arc<Workers>, telemetry: Arc<Telemetry>, stop: 
 
 async fn trim() {
     relay::free_buffers();
+    tunnel::free_buffers();
     match spawn_blocking(capture::forget_code).await {
         Ok(Ok(bytes)) => tracing::debug!(bytes, "code that was run is forgotten"),
         // It stays, which costs memory and nothing else.

@@ -16,8 +16,8 @@ use std::time::{Duration, SystemTime};
 use bytes::Bytes;
 use parking_lot::Mutex;
 use rcgen::{
-    BasicConstraints, CertificateParams, CertifiedIssuer, ExtendedKeyUsagePurpose, IsCa, KeyPair,
-    SanType,
+    BasicConstraints, Certificate, CertificateParams, CertifiedIssuer, DnType,
+    ExtendedKeyUsagePurpose, IsCa, KeyPair, SanType,
 };
 use rustls::pki_types::PrivateKeyDer;
 use tokio::io::DuplexStream;
@@ -43,6 +43,8 @@ pub(super) struct Mesh {
 impl Mesh {
     pub(super) fn new() -> Self {
         let mut params = CertificateParams::default();
+        // Not the name of what it signs, or OpenSSL takes that for its own issuer.
+        params.distinguished_name.push(DnType::CommonName, "a root");
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
         let authority = CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap();
         let roots = Roots::from_pem(authority.pem().as_bytes()).unwrap();
@@ -54,6 +56,22 @@ impl Mesh {
     }
 
     fn certificate_until(&self, id: &str, lifetime: Duration) -> Arc<WorkloadCertificate> {
+        let (certificate, key) = self.issue(id, lifetime);
+        let der = PrivateKeyDer::Pkcs8(key.serialize_der().into());
+        let key = rustls::crypto::aws_lc_rs::sign::any_supported_type(&der).unwrap();
+        let id = id.parse().unwrap();
+        let chain = vec![certificate.der().clone()];
+        let now = SystemTime::now();
+        Arc::new(WorkloadCertificate::new(&id, chain, key, &self.roots, now).unwrap())
+    }
+
+    /// Its root, PEM.
+    pub(super) fn root_pem(&self) -> String {
+        self.authority.pem()
+    }
+
+    /// A certificate and its key.
+    pub(super) fn issue(&self, id: &str, lifetime: Duration) -> (Certificate, KeyPair) {
         let mut params = CertificateParams::default();
         params.subject_alt_names = vec![SanType::URI(id.try_into().unwrap())];
         params.extended_key_usages = vec![
@@ -64,12 +82,7 @@ impl Mesh {
         params.not_after = (SystemTime::now() + lifetime).into();
         let key = KeyPair::generate().unwrap();
         let certificate = params.signed_by(&key, &self.authority).unwrap();
-        let der = PrivateKeyDer::Pkcs8(key.serialize_der().into());
-        let key = rustls::crypto::aws_lc_rs::sign::any_supported_type(&der).unwrap();
-        let id = id.parse().unwrap();
-        let chain = vec![certificate.der().clone()];
-        let now = SystemTime::now();
-        Arc::new(WorkloadCertificate::new(&id, chain, key, &self.roots, now).unwrap())
+        (certificate, key)
     }
 }
 

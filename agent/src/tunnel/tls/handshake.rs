@@ -1,4 +1,8 @@
 //! From a socket to a proven peer and keys.
+//!
+//! rustls is shown one record at a time, so that it never sees one that comes after the handshake. What it would do there
+//! is not all carried over when it hands out its keys: the answer that it owes to a KeyUpdate is lost, and then the peer cannot
+//! open what we send.
 
 use std::io;
 use std::ops::DerefMut;
@@ -9,16 +13,16 @@ use rustls::client::{ClientConnectionData, UnbufferedClientConnection};
 use rustls::pki_types::ServerName;
 use rustls::server::{ServerConnectionData, UnbufferedServerConnection};
 use rustls::unbuffered::{ConnectionState, EncodeError, EncodeTlsData, UnbufferedStatus};
-use rustls::{ClientConfig, CommonState, Error, ServerConfig};
+use rustls::{ClientConfig, CommonState, Error, InvalidMessage, ServerConfig};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
 use super::incoming::Incoming;
 use super::outgoing::Outgoing;
 use super::post::PostHandshake;
-use super::records::IntoKeys;
+use super::records::{IntoKeys, complete};
 use super::{Receiving, TlsStream, invalid};
 
-/// What a peer may send that is not understood yet: the longest message that rustls takes.
+/// What a peer may send that is not understood yet: no less than rustls' own streams take.
 const MAX_FLIGHT: usize = 64 * 1024;
 
 /// One read.
@@ -28,10 +32,8 @@ const READ_BYTES: usize = 4 * 1024;
 pub(in crate::tunnel) struct Shaken<S, T> {
     session: S,
     io: T,
-    /// What the peer said right after it: opened, and still sealed.
-    early: Vec<u8>,
+    /// What the peer said right after it.
     sealed: Vec<u8>,
-    receiving: Receiving,
 }
 
 /// As the client. The configuration must let secrets be extracted.
@@ -66,11 +68,11 @@ impl<S: Session, T> Shaken<S, T> {
             io: self.io,
             keys,
             opener,
-            incoming: Incoming::after_handshake(self.early, self.sealed),
+            incoming: Incoming::after_handshake(self.sealed),
             outgoing: Outgoing::new(sealer),
             post: PostHandshake::default(),
-            idle_records: 0,
-            receiving: self.receiving,
+            idle_messages: 0,
+            receiving: Receiving::Open,
         })
     }
 }
@@ -131,10 +133,9 @@ async fn shake<S: Session, T: AsyncRead + AsyncWrite + Unpin>(
     mut session: S,
     mut io: T,
 ) -> io::Result<Shaken<S, T>> {
-    let (mut incoming, mut outgoing, mut early) = (Vec::new(), Vec::new(), Vec::new());
-    let mut receiving = Receiving::Open;
+    let (mut incoming, mut outgoing) = (Flight::default(), Vec::new());
     loop {
-        let UnbufferedStatus { mut discard, state } = session.process(&mut incoming);
+        let UnbufferedStatus { discard, state } = session.process(incoming.shown());
         let next = match state {
             Ok(ConnectionState::EncodeTlsData(data)) => {
                 append(data, &mut outgoing)?;
@@ -146,22 +147,10 @@ async fn shake<S: Session, T: AsyncRead + AsyncWrite + Unpin>(
             }
             Ok(ConnectionState::BlockedHandshake) => Next::Read,
             Ok(ConnectionState::WriteTraffic(_)) => Next::Talk,
-            Ok(ConnectionState::ReadTraffic(mut traffic)) => {
-                while let Some(record) = traffic.next_record() {
-                    let record = record.map_err(invalid)?;
-                    early.extend_from_slice(record.payload);
-                    discard += record.discard;
-                }
-                Next::Process
-            }
-            Ok(ConnectionState::PeerClosed) => {
-                receiving = Receiving::Closed;
-                Next::Process
-            }
             Ok(other) => Next::Fail(Error::General(format!("{other:?} in a handshake"))),
             Err(error) => Next::Fail(error),
         };
-        incoming.drain(..discard);
+        incoming.discard(discard);
         match next {
             Next::Process => {}
             Next::Write => {
@@ -169,24 +158,25 @@ async fn shake<S: Session, T: AsyncRead + AsyncWrite + Unpin>(
                 outgoing.clear();
             }
             Next::Talk if !session.common().is_handshaking() => {
+                let sealed = incoming.bytes;
                 return Ok(Shaken {
                     session,
                     io,
-                    early,
-                    sealed: incoming,
-                    receiving,
+                    sealed,
                 });
             }
             Next::Read | Next::Talk => {
-                if incoming.len() >= MAX_FLIGHT {
-                    return Err(io::ErrorKind::InvalidData.into());
+                if incoming.show_next() {
+                    continue;
+                }
+                if incoming.bytes.len() >= MAX_FLIGHT {
+                    return Err(invalid(InvalidMessage::HandshakePayloadTooLarge.into()));
                 }
                 io.flush().await?;
-                incoming.reserve(READ_BYTES);
-                let room = &mut (&mut incoming).limit(READ_BYTES);
-                if io.read_buf(room).await? == 0 {
+                if incoming.read_from(&mut io).await? == 0 {
                     return Err(io::ErrorKind::UnexpectedEof.into());
                 }
+                incoming.show_next();
             }
             Next::Fail(error) => {
                 last_words(&mut session, &mut outgoing)?;
@@ -195,6 +185,47 @@ async fn shake<S: Session, T: AsyncRead + AsyncWrite + Unpin>(
                 return Err(invalid(error));
             }
         }
+    }
+}
+
+/// What was received and rustls has not done with.
+#[derive(Default)]
+struct Flight {
+    bytes: Vec<u8>,
+    /// So much of it are whole records that rustls may see.
+    records: usize,
+}
+
+impl Flight {
+    /// A part of a record is shown as well: it does nothing, and what is no TLS is known by its head.
+    fn shown(&mut self) -> &mut [u8] {
+        let end = match self.next_record() {
+            Some(_) => self.records,
+            None => self.bytes.len(),
+        };
+        &mut self.bytes[..end]
+    }
+
+    /// Whether there is one more.
+    fn show_next(&mut self) -> bool {
+        let next = self.next_record();
+        self.records += next.unwrap_or_default();
+        next.is_some()
+    }
+
+    fn next_record(&self) -> Option<usize> {
+        // rustls itself is to see what is too long.
+        complete(&self.bytes[self.records..]).unwrap_or_default()
+    }
+
+    fn discard(&mut self, length: usize) {
+        self.bytes.drain(..length);
+        self.records = self.records.saturating_sub(length);
+    }
+
+    async fn read_from<T: AsyncRead + Unpin>(&mut self, io: &mut T) -> io::Result<usize> {
+        self.bytes.reserve(READ_BYTES);
+        io.read_buf(&mut (&mut self.bytes).limit(READ_BYTES)).await
     }
 }
 

@@ -5,12 +5,11 @@ use std::ops::Range;
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 
-use bytes::{Buf, Bytes};
 use parking_lot::Mutex;
 use rustls::Error;
 use tokio::io::{AsyncRead, ReadBuf};
 
-use super::records::{HEAD, MAX_SEALED};
+use super::records::complete;
 
 /// One read: seven full records and a part of the next. It stays in the processor's cache.
 const READ_BYTES: usize = 128 * 1024;
@@ -20,12 +19,16 @@ const IDLE_BUFFERS: usize = 32;
 
 static IDLE: Mutex<Vec<Box<[u8]>>> = Mutex::new(Vec::new());
 
+/// Frees the buffers that wait for the next records of any tunnel.
+pub fn free_buffers() {
+    let idle = std::mem::take(&mut *IDLE.lock());
+    drop(idle);
+}
+
 /// The records of one direction. Nothing that waits for the peer holds a buffer: of a record that
 /// came in part, that part is kept.
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub(super) struct Incoming {
-    /// Opened during the handshake, which asks for no more than that: first of all.
-    early: Bytes,
     buffer: Box<[u8]>,
     /// Opened and not given yet. It lies before what is sealed.
     plain: Range<usize>,
@@ -33,26 +36,20 @@ pub(super) struct Incoming {
     sealed: Range<usize>,
     /// The whole record in front of `sealed`.
     record: usize,
-    /// What is sealed while there is no buffer: less than a record.
+    /// What is sealed while there is no buffer: less than a record, but after the handshake.
     parked: Vec<u8>,
 }
 
 impl Incoming {
-    /// What came with the peer's last words of the handshake: opened, and still sealed.
-    pub(super) fn after_handshake(early: Vec<u8>, sealed: Vec<u8>) -> Self {
+    /// What came with the peer's last words of the handshake: no more than a buffer has room for.
+    pub(super) fn after_handshake(sealed: Vec<u8>) -> Self {
         let mut incoming = Self::default();
-        incoming.early = early.into();
         incoming.parked = sealed;
         incoming
     }
 
     /// Gives the reader what is opened, as far as it fits.
     pub(super) fn give(&mut self, into: &mut ReadBuf<'_>) {
-        if !self.early.is_empty() {
-            let length = self.early.len().min(into.remaining());
-            into.put_slice(&self.early[..length]);
-            self.early.advance(length);
-        }
         let length = self.plain.len().min(into.remaining());
         if length == 0 {
             return;
@@ -120,6 +117,15 @@ impl Incoming {
         Poll::Ready(Ok(length))
     }
 
+    /// Nothing more is opened: what came after the last record means nothing.
+    pub(super) fn close(&mut self) {
+        self.parked = Vec::new();
+        self.sealed = 0..0;
+        if self.plain.is_empty() && !self.buffer.is_empty() {
+            self.give_back();
+        }
+    }
+
     fn unpark(&mut self) {
         let idle = IDLE.lock().pop();
         self.buffer = idle.unwrap_or_else(|| vec![0; READ_BYTES].into());
@@ -154,16 +160,4 @@ impl Drop for Incoming {
             self.give_back();
         }
     }
-}
-
-/// The length of the first record, head and all, if all of it is here.
-fn complete(sealed: &[u8]) -> Result<Option<usize>, Error> {
-    let Some(&[_, _, _, high, low]) = sealed.first_chunk::<HEAD>() else {
-        return Ok(None);
-    };
-    let length = usize::from(u16::from_be_bytes([high, low]));
-    if length > MAX_SEALED {
-        return Err(Error::PeerSentOversizedRecord);
-    }
-    Ok((sealed.len() >= HEAD + length).then_some(HEAD + length))
 }

@@ -25,20 +25,25 @@ use rustls::{AlertDescription, ContentType, Error, InvalidMessage, PeerMisbehave
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 pub(super) use self::handshake::{accept, connect};
+pub use self::incoming::free_buffers;
 
 use self::incoming::Incoming;
 use self::outgoing::Outgoing;
 use self::post::{PostHandshake, Said};
 use self::records::{Keys, Opener};
 
-/// Records in a row without a byte for the reader: keys, tickets, warnings, nothing at all. As BoringSSL bounds each of
+/// Messages in a row without a byte for the reader: keys, tickets, warnings, nothing at all. As BoringSSL bounds each of
 /// these.
-const MAX_IDLE_RECORDS: u8 = 32;
+const MAX_IDLE_MESSAGES: u8 = 32;
 
 /// A connection after its handshake, as plaintext.
 ///
 /// A shutdown sends close_notify. An end of the transport without the peer's close_notify is an error, as is whatever
-/// else RFC 8446 forbids: the peer is told by an alert, as far as the socket takes one at once.
+/// else RFC 8446 forbids: the peer is told by an alert, as far as the socket takes one at once. After that, and after an alert
+/// of the peer's, nothing more is read or written.
+///
+/// An answer to the peer's KeyUpdate, and an alert, are written by the reader's task: both halves belong to one, as in HTTP/2.
+/// The answer waits for the next write or flush.
 pub(super) struct TlsStream<T> {
     io: T,
     keys: Keys,
@@ -47,7 +52,7 @@ pub(super) struct TlsStream<T> {
     outgoing: Outgoing,
     post: PostHandshake,
     /// Since the last byte for the reader.
-    idle_records: u8,
+    idle_messages: u8,
     receiving: Receiving,
 }
 
@@ -69,41 +74,54 @@ impl<T: AsyncRead + AsyncWrite + Unpin> TlsStream<T> {
         let message = self.opener.open(record)?;
         if message.typ == ContentType::ApplicationData && !message.payload.is_empty() {
             self.post.require_none()?;
-            self.idle_records = 0;
+            self.idle_messages = 0;
             let plain = message.payload.as_ptr().addr();
             let length = message.payload.len();
             self.incoming.opened(plain, length);
             return Ok(Opened::Record);
-        }
-        self.idle_records += 1;
-        if self.idle_records > MAX_IDLE_RECORDS {
-            return Err(PeerMisbehaved::TooManyKeyUpdateRequests.into());
         }
         let said = self.post.take(message.typ, message.payload)?;
         self.incoming.skip();
         match said {
             Some(Said::Alert(alert)) => return self.heed(alert),
             Some(Said::Handshake) => self.heed_handshake()?,
-            None => {}
+            None => self.count_idle(PeerMisbehaved::TooManyEmptyFragments)?,
         }
         Ok(Opened::Record)
+    }
+
+    /// One more that brought the reader nothing.
+    fn count_idle(&mut self, flood: PeerMisbehaved) -> Result<(), Error> {
+        self.idle_messages += 1;
+        if self.idle_messages > MAX_IDLE_MESSAGES {
+            return Err(flood.into());
+        }
+        Ok(())
     }
 
     fn heed(&mut self, alert: AlertDescription) -> Result<Opened, Error> {
         match alert {
             AlertDescription::CloseNotify => {
                 self.receiving = Receiving::Closed;
+                // What follows is ignored (RFC 8446 section 6.1).
+                self.incoming.close();
                 Ok(Opened::Record)
             }
-            // Which says nothing: close_notify follows (RFC 8446 section 6.1).
-            AlertDescription::UserCanceled => Ok(Opened::Record),
+            // Which says nothing: close_notify follows (section 6.1).
+            AlertDescription::UserCanceled => {
+                self.count_idle(PeerMisbehaved::TooManyWarningAlertsReceived)?;
+                Ok(Opened::Record)
+            }
             // Everything else is fatal, whatever level it claims (section 6).
             other => Err(Error::AlertReceived(other)),
         }
     }
 
     fn heed_handshake(&mut self) -> Result<(), Error> {
+        let mut whole = 0;
         while let Some(message) = self.post.next_message()? {
+            whole += 1;
+            self.count_idle(PeerMisbehaved::TooManyKeyUpdateRequests)?;
             match message {
                 post::Message::Ticket(ticket) => self.keys.ticket(&ticket)?,
                 post::Message::KeyUpdate(answer) => {
@@ -116,15 +134,22 @@ impl<T: AsyncRead + AsyncWrite + Unpin> TlsStream<T> {
                 }
             }
         }
+        if whole == 0 {
+            self.count_idle(PeerMisbehaved::TooManyEmptyFragments)?;
+        }
         Ok(())
     }
 
-    /// The peer is told why nothing more is read.
+    /// The peer is told why nothing more is read or written.
     fn fail(&mut self, cx: &mut Context<'_>, error: Error) {
-        if let Some(alert) = alert_for(&error) {
-            self.outgoing.fatal_alert(alert);
-            // Whatever becomes of it, the error comes first.
-            let _ = self.outgoing.poll_write_out(&mut self.io, cx);
+        self.incoming.close();
+        match alert_for(&error) {
+            Some(alert) => {
+                self.outgoing.fatal_alert(alert);
+                // Whatever becomes of it, the error comes first.
+                let _ = self.outgoing.poll_write_out(&mut self.io, cx);
+            }
+            None => self.outgoing.close(),
         }
         self.receiving = Receiving::Failed(error);
     }
@@ -152,10 +177,13 @@ fn alert_for(error: &Error) -> Option<AlertDescription> {
         Error::AlertReceived(_) => return None,
         Error::DecryptError => AlertDescription::BadRecordMac,
         Error::PeerSentOversizedRecord => AlertDescription::RecordOverflow,
-        Error::InvalidMessage(InvalidMessage::InvalidKeyUpdate) => {
-            AlertDescription::IllegalParameter
-        }
-        Error::InvalidMessage(_) => AlertDescription::DecodeError,
+        Error::InvalidMessage(invalid) => match invalid {
+            InvalidMessage::InvalidKeyUpdate => AlertDescription::IllegalParameter,
+            InvalidMessage::UnknownProtocolVersion => AlertDescription::ProtocolVersion,
+            // A handshake message or an alert of no bytes (section 5.1).
+            InvalidMessage::InvalidEmptyPayload => AlertDescription::UnexpectedMessage,
+            _ => AlertDescription::DecodeError,
+        },
         Error::General(_) | Error::EncryptError => AlertDescription::InternalError,
         _ => AlertDescription::UnexpectedMessage,
     })

@@ -25,18 +25,20 @@ const FATAL: u8 = 2;
 const SLICES: usize = 8;
 const RECORDS: usize = 32;
 
-/// The records of one direction: of data no more than `TLS_BUFFER` bytes, and what the protocol asks for.
-#[derive(Debug)]
+/// What a record counts for at least, however little it carries: it has a head, a tag and a place in memory.
+const LEAST_COST: usize = 256;
+
+/// The records of one direction: no more of them than count for `TLS_BUFFER` bytes, and what the protocol asks for.
 pub(super) struct Outgoing {
     sealer: Sealer,
     records: VecDeque<Vec<u8>>,
     /// How much of the first of them was written.
     written: usize,
-    /// Plaintext in them.
+    /// What those that wait count for: their plaintext, or `LEAST_COST`.
     waiting: usize,
-    /// The answer to a peer's KeyUpdate is among them: one answers all that come until it is written.
+    /// The answer to a peer's KeyUpdate is the last of them: one answers all that come until there is data again.
     answering: bool,
-    /// The last alert was sealed: nothing comes after it.
+    /// The last alert was sealed or received, or sealing has failed: nothing more is sealed.
     closed: bool,
 }
 
@@ -63,26 +65,33 @@ impl Outgoing {
             return Err(io::ErrorKind::BrokenPipe.into());
         }
         let mut chunks: [&[u8]; SLICES] = [&[]; SLICES];
-        for (chunk, slice) in chunks.iter_mut().zip(slices) {
+        let mut count = 0;
+        let some = slices.iter().filter(|slice| !slice.is_empty());
+        for (chunk, slice) in chunks.iter_mut().zip(some) {
             *chunk = slice;
+            count += 1;
         }
-        let all = OutboundChunks::new(&chunks[..slices.len().min(SLICES)]);
-        let room = TLS_BUFFER.saturating_sub(self.waiting);
-        let (mut rest, _) = all.split_at(room);
-        let taken = rest.len();
-        while !rest.is_empty() {
-            if self.sealer.is_used_up() {
-                self.update_key(&KEY_UPDATE_REQUESTED, keys)
-                    .map_err(invalid)?;
-            }
-            let (fragment, more) = rest.split_at(MAX_PLAIN);
-            let length = fragment.len();
-            let record = self.sealer.seal(ContentType::ApplicationData, fragment);
-            self.records.push_back(record.map_err(invalid)?);
-            self.waiting += length;
-            rest = more;
+        let all = OutboundChunks::new(&chunks[..count]);
+        let (data, _) = all.split_at(TLS_BUFFER.saturating_sub(self.waiting));
+        let taken = data.len();
+        if let Err(error) = self.seal_data(data, keys) {
+            self.closed = true;
+            return Err(invalid(error));
         }
         Ok(taken)
+    }
+
+    fn seal_data(&mut self, mut rest: OutboundChunks<'_>, keys: &mut Keys) -> Result<(), Error> {
+        while !rest.is_empty() {
+            if self.sealer.is_used_up() {
+                self.update_key(&KEY_UPDATE_REQUESTED, keys)?;
+            }
+            let (fragment, more) = rest.split_at(MAX_PLAIN);
+            self.seal(ContentType::ApplicationData, fragment)?;
+            self.answering = false;
+            rest = more;
+        }
+        Ok(())
     }
 
     /// Our next keys, as the peer asked for them. It gets one answer at a time.
@@ -95,9 +104,15 @@ impl Outgoing {
     }
 
     fn update_key(&mut self, message: &[u8], keys: &mut Keys) -> Result<(), Error> {
-        let announced = self.sealer.seal(ContentType::Handshake, message.into())?;
-        self.records.push_back(announced);
+        self.seal(ContentType::Handshake, message.into())?;
         self.sealer = keys.next_sealer()?;
+        Ok(())
+    }
+
+    fn seal(&mut self, typ: ContentType, payload: OutboundChunks<'_>) -> Result<(), Error> {
+        let cost = payload.len().max(LEAST_COST);
+        self.records.push_back(self.sealer.seal(typ, payload)?);
+        self.waiting += cost;
         Ok(())
     }
 
@@ -117,9 +132,12 @@ impl Outgoing {
         }
         let alert = [level, alert.into()];
         // Without numbers left, the end of the transport must do.
-        if let Ok(record) = self.sealer.seal(ContentType::Alert, (&alert[..]).into()) {
-            self.records.push_back(record);
-        }
+        let _ = self.seal(ContentType::Alert, (&alert[..]).into());
+    }
+
+    /// Nothing more is sealed: the peer has ended it.
+    pub(super) fn close(&mut self) {
+        self.closed = true;
     }
 
     /// Writes what waits; ready when nothing does.
@@ -178,5 +196,9 @@ impl Outgoing {
 
     pub(super) fn update_key_for_test(&mut self, keys: &mut Keys) {
         self.update_key(&KEY_UPDATE_REQUESTED, keys).unwrap();
+    }
+
+    pub(super) fn next_key_for_test(&mut self, keys: &mut Keys) {
+        self.sealer = keys.next_sealer().unwrap();
     }
 }

@@ -9,7 +9,9 @@ const HEAD: usize = 4;
 const MAX_MESSAGE: usize = 0xffff;
 
 /// What has come of a message that records carry in pieces.
-#[derive(Debug, Default)]
+///
+/// At most [`MAX_MESSAGE`] bytes.
+#[derive(Default)]
 pub(super) struct PostHandshake {
     pieces: Vec<u8>,
 }
@@ -22,7 +24,7 @@ pub(super) enum Said {
     Handshake,
 }
 
-#[derive(Debug, PartialEq, Eq)]
+#[cfg_attr(test, derive(Debug, PartialEq, Eq))]
 pub(super) enum Message {
     /// The body of a NewSessionTicket.
     Ticket(Vec<u8>),
@@ -54,6 +56,7 @@ impl PostHandshake {
             // Padding, to mislead an observer (section 5.4).
             (ContentType::ApplicationData, []) => Ok(None),
             (ContentType::Alert, &[_, alert]) => Ok(Some(Said::Alert(alert.into()))),
+            (ContentType::Alert, []) => Err(InvalidMessage::InvalidEmptyPayload.into()),
             (ContentType::Alert, _) => Err(InvalidMessage::MissingData("alert").into()),
             (got_type, _) => Err(Error::InappropriateMessage {
                 expect_types: vec![ContentType::ApplicationData, ContentType::Handshake],
@@ -89,6 +92,9 @@ impl PostHandshake {
         }
         if end > MAX_MESSAGE {
             return Err(InvalidMessage::HandshakePayloadTooLarge.into());
+        }
+        if typ == HandshakeType::KeyUpdate && end != HEAD + 1 {
+            return Err(InvalidMessage::TrailingData("KeyUpdate").into());
         }
         if self.pieces.len() < end {
             return Ok(None);

@@ -10,7 +10,7 @@ use rustls::crypto::cipher::{
 use rustls::kernel::KernelConnection;
 use rustls::server::{ServerConnectionData, UnbufferedServerConnection};
 use rustls::{
-    ConnectionTrafficSecrets, ContentType, Error, ExtractedSecrets, HandshakeType, PeerMisbehaved,
+    ConnectionTrafficSecrets, ContentType, Error, ExtractedSecrets, HandshakeType, InvalidMessage,
     ProtocolVersion, SupportedCipherSuite, Tls13CipherSuite,
 };
 
@@ -22,6 +22,21 @@ pub(super) const MAX_PLAIN: usize = 1 << 14;
 
 /// What follows the head at most: plaintext, its type, padding and tag (section 5.2).
 pub(super) const MAX_SEALED: usize = MAX_PLAIN + 256;
+
+/// The version of every sealed record (section 5.2).
+const VERSION: [u8; 2] = [3, 3];
+
+/// The length of the first record, head and all, if all of it is here.
+pub(super) fn complete(sealed: &[u8]) -> Result<Option<usize>, Error> {
+    let Some(&[_, _, _, high, low]) = sealed.first_chunk::<HEAD>() else {
+        return Ok(None);
+    };
+    let length = usize::from(u16::from_be_bytes([high, low]));
+    if length > MAX_SEALED {
+        return Err(Error::PeerSentOversizedRecord);
+    }
+    Ok((sealed.len() >= HEAD + length).then_some(HEAD + length))
+}
 
 /// What knows the next keys.
 pub(in crate::tunnel) struct Keys {
@@ -118,9 +133,17 @@ impl Opener {
         &mut self,
         record: &'a mut [u8],
     ) -> Result<InboundPlainMessage<'a>, Error> {
-        // Nothing is unprotected any more, not even an alert; the version means nothing (section 5.1).
-        if record[0] != u8::from(ContentType::ApplicationData) {
-            return Err(PeerMisbehaved::IllegalMiddleboxChangeCipherSpec.into());
+        // Nothing is unprotected any more, not even an alert.
+        let got_type = ContentType::from(record[0]);
+        if got_type != ContentType::ApplicationData {
+            return Err(Error::InappropriateMessage {
+                expect_types: vec![ContentType::ApplicationData],
+                got_type,
+            });
+        }
+        // The cipher takes it for granted, and does not look.
+        if record[1..3] != VERSION {
+            return Err(InvalidMessage::UnknownProtocolVersion.into());
         }
         let sealed = InboundOpaqueMessage::new(
             ContentType::ApplicationData,
@@ -145,6 +168,10 @@ impl Sealer {
         suite: &Tls13CipherSuite,
         (sequence, secrets): (u64, ConnectionTrafficSecrets),
     ) -> Result<Self, Error> {
+        if sequence != 0 {
+            // AWS-LC counts from the first that it is given, and refuses what does not look larger than the last.
+            return Err(Error::General("keys that have sealed before".to_owned()));
+        }
         let (key, iv) = key_of(secrets)?;
         Ok(Self {
             cipher: suite.aead_alg.encrypter(key, iv),

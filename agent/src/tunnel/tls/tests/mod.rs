@@ -1,5 +1,13 @@
 //! Against rustls' own streams, on the other side of a pipe.
 
+mod blocked;
+mod drip;
+mod floods;
+mod openssl;
+mod records;
+mod shaking;
+mod stirred;
+
 use std::pin::pin;
 use std::sync::Arc;
 
@@ -110,6 +118,12 @@ fn tls_error(error: &io::Error) -> &Error {
     error.get_ref().unwrap().downcast_ref().unwrap()
 }
 
+/// Two streams of ours, the client's first.
+async fn streams() -> (Ours, Ours) {
+    let (client, server) = both().await;
+    (client.into_stream().unwrap(), server.into_stream().unwrap())
+}
+
 /// Seals a record that this side would never send.
 fn seal(stream: &mut Ours, typ: ContentType, payload: &[u8]) -> Vec<u8> {
     stream.outgoing.seal_for_test(typ, payload)
@@ -140,45 +154,6 @@ async fn both_sides_know_each_other_before_they_talk() {
 }
 
 #[tokio::test]
-async fn what_comes_together_with_the_handshake_is_not_lost() {
-    // More than a record, so that some of it is sealed still when keys are handed over.
-    let bytes = pattern(20_000);
-    let (client, server) = certificates();
-    let (near, mut relay_near) = duplex(PIPE);
-    let (mut relay_far, far) = duplex(PIPE);
-    let talk = async {
-        let connector = TlsConnector::from(client.client.clone());
-        let mut tls = connector.connect(name(), near).await.unwrap();
-        tls.write_all(&bytes).await.unwrap();
-        tls
-    };
-    // Holds back the client's last words of the handshake until there is more.
-    let relay = async {
-        let mut hello = vec![0; 64 * 1024];
-        let length = relay_near.read(&mut hello).await.unwrap();
-        relay_far.write_all(&hello[..length]).await.unwrap();
-        let mut answer = vec![0; 64 * 1024];
-        let length = relay_far.read(&mut answer).await.unwrap();
-        relay_near.write_all(&answer[..length]).await.unwrap();
-        let mut rest = Vec::new();
-        while rest.len() < bytes.len() {
-            relay_near.read_buf(&mut rest).await.unwrap();
-        }
-        relay_far.write_all(&rest).await.unwrap();
-        (relay_near, relay_far)
-    };
-    let serve = async {
-        let shaken = accept(server.server.clone(), far).await.unwrap();
-        let mut stream = shaken.into_stream().unwrap();
-        let mut got = vec![0; bytes.len()];
-        stream.read_exact(&mut got).await.unwrap();
-        got
-    };
-    let (_tls, _relay, got) = within(async { tokio::join!(talk, relay, serve) }).await;
-    assert!(got == bytes);
-}
-
-#[tokio::test]
 async fn a_peer_may_update_its_keys_and_ask_for_ours() {
     let (mut ours, mut theirs) = pair().await;
     for round in 0..100 {
@@ -201,36 +176,6 @@ async fn keys_that_sealed_as_much_as_they_may_are_replaced_by_both_sides() {
         carries(&mut theirs, &mut ours, b"a record").await;
     }
     assert!(!ours.outgoing.is_limited(), "the keys were replaced");
-}
-
-#[tokio::test]
-async fn key_updates_without_end_are_an_error() {
-    let (client, server) = both().await;
-    let (mut client, mut server) = (client.into_stream().unwrap(), server.into_stream().unwrap());
-    for _ in 0..=MAX_IDLE_RECORDS {
-        client.outgoing.update_key_for_test(&mut client.keys);
-    }
-    client.flush().await.unwrap();
-    let error = within(server.read_u8()).await.unwrap_err();
-    assert_eq!(
-        *tls_error(&error),
-        PeerMisbehaved::TooManyKeyUpdateRequests.into()
-    );
-    let error = within(client.read_u8()).await.unwrap_err();
-    let alert = AlertDescription::UnexpectedMessage;
-    assert_eq!(*tls_error(&error), Error::AlertReceived(alert));
-}
-
-#[tokio::test]
-async fn many_requests_for_keys_get_one_answer_while_nothing_is_written() {
-    let (client, server) = both().await;
-    let (mut client, mut server) = (client.into_stream().unwrap(), server.into_stream().unwrap());
-    for _ in 0..5 {
-        client.outgoing.update_key_for_test(&mut client.keys);
-    }
-    carries(&mut client, &mut server, b"then data").await;
-    assert_eq!(server.outgoing.waiting_records(), 1);
-    carries(&mut server, &mut client, b"an answer").await;
 }
 
 #[tokio::test]
@@ -281,66 +226,6 @@ async fn a_record_that_was_tampered_with_ends_it_and_the_peer_is_told() {
 }
 
 #[tokio::test]
-async fn records_that_no_peer_may_send_end_it_with_the_alert_for_them() {
-    let sealed = |typ, payload: &'static [u8]| move |client: &mut Ours| seal(client, typ, payload);
-    let raw = |record: &'static [u8]| move |_: &mut Ours| record.to_vec();
-    type Make = Box<dyn Fn(&mut Ours) -> Vec<u8>>;
-    let cases: [(Make, AlertDescription); 8] = [
-        // A replay: sealed under a number that was used.
-        (
-            Box::new(|client| {
-                let record = seal(client, ContentType::ApplicationData, b"x");
-                [&record[..], &record[..]].concat()
-            }),
-            AlertDescription::BadRecordMac,
-        ),
-        (
-            Box::new(raw(&[23, 3, 3, 0, 1, 7])),
-            AlertDescription::BadRecordMac,
-        ),
-        (
-            Box::new(raw(&[23, 3, 3, 0x41, 1])),
-            AlertDescription::RecordOverflow,
-        ),
-        // Unprotected: as an attacker between both could.
-        (
-            Box::new(raw(&[21, 3, 3, 0, 2, 1, 0])),
-            AlertDescription::UnexpectedMessage,
-        ),
-        (
-            Box::new(raw(&[20, 3, 3, 0, 1, 1])),
-            AlertDescription::UnexpectedMessage,
-        ),
-        // A server takes no ticket, and nobody a second handshake.
-        (
-            Box::new(sealed(ContentType::Handshake, &[4, 0, 0, 0])),
-            AlertDescription::UnexpectedMessage,
-        ),
-        (
-            Box::new(sealed(ContentType::Handshake, &[24, 0, 0, 1, 2])),
-            AlertDescription::IllegalParameter,
-        ),
-        // Keys change at the end of a record only.
-        (
-            Box::new(sealed(ContentType::Handshake, &[24, 0, 0, 1, 0, 24])),
-            AlertDescription::UnexpectedMessage,
-        ),
-    ];
-    for (make, alert) in cases {
-        let (client, server) = both().await;
-        let mut client = client.into_stream().unwrap();
-        let mut server = server.into_stream().unwrap();
-        let record = make(&mut client);
-        client.io.write_all(&record).await.unwrap();
-        let mut all = Vec::new();
-        let error = within(server.read_to_end(&mut all)).await.unwrap_err();
-        tls_error(&error);
-        let told = within(client.read_u8()).await.unwrap_err();
-        assert_eq!(*tls_error(&told), Error::AlertReceived(alert), "{error}");
-    }
-}
-
-#[tokio::test]
 async fn nothing_is_shown_of_a_stream_that_the_peer_calls_broken() {
     let (mut ours, mut theirs) = pair().await;
     ours.io.write_all(&[23, 3, 3, 0, 1, 7]).await.unwrap();
@@ -359,80 +244,4 @@ async fn tickets_of_another_implementation_are_taken_and_forgotten() {
     let (mut ours, mut theirs) = to_their_server(client.client.clone(), Arc::new(generous)).await;
     carries(&mut theirs, &mut ours, &pattern(50_000)).await;
     carries(&mut ours, &mut theirs, &pattern(50_000)).await;
-}
-
-#[tokio::test]
-async fn a_refused_handshake_tells_the_peer_why() {
-    let (client, _) = certificates();
-    let (_, stranger) = certificates();
-    let (near, far) = duplex(PIPE);
-    let (ours, theirs) = within(async {
-        tokio::join!(
-            connect(client.client.clone(), name(), near),
-            TlsAcceptor::from(stranger.server.clone()).accept(far)
-        )
-    })
-    .await;
-    assert!(matches!(
-        tls_error(&ours.err().unwrap()),
-        Error::InvalidCertificate(_)
-    ));
-    assert!(matches!(
-        tls_error(&theirs.err().unwrap()),
-        Error::AlertReceived(_)
-    ));
-}
-
-#[tokio::test]
-async fn a_stream_that_waits_holds_no_buffer() {
-    let (client, server) = both().await;
-    let (mut client, mut server) = (client.into_stream().unwrap(), server.into_stream().unwrap());
-    let record = seal(&mut client, ContentType::ApplicationData, &pattern(5000));
-    let (some, rest) = record.split_at(HEAD + 1000);
-    client.io.write_all(some).await.unwrap();
-    let mut got = vec![0; 5000];
-    {
-        let mut read = pin!(server.read_exact(&mut got));
-        let waits = std::future::poll_fn(|cx| Poll::Ready(read.as_mut().poll(cx).is_pending()));
-        assert!(waits.await);
-    }
-    assert!(!server.incoming.holds_a_buffer(), "for a part of a record");
-    client.io.write_all(rest).await.unwrap();
-    within(server.read_exact(&mut got)).await.unwrap();
-    assert!(got == pattern(5000));
-    assert!(!server.incoming.holds_a_buffer());
-}
-
-#[tokio::test]
-async fn a_peer_that_does_not_read_stops_the_writer() {
-    let (client, server) = certificates();
-    let (near, far) = duplex(64 * 1024);
-    let (ours, theirs) = within(async {
-        tokio::join!(
-            connect(client.client.clone(), name(), near),
-            TlsAcceptor::from(server.server.clone()).accept(far)
-        )
-    })
-    .await;
-    let (mut ours, mut theirs) = (ours.unwrap().into_stream().unwrap(), theirs.unwrap());
-    let bytes = pattern(2 << 20);
-    let mut taken = 0;
-    std::future::poll_fn(|cx| {
-        while let Poll::Ready(written) = Pin::new(&mut ours).poll_write(cx, &bytes[taken..]) {
-            taken += written.unwrap();
-        }
-        Poll::Ready(())
-    })
-    .await;
-    assert!(taken <= TLS_BUFFER + 64 * 1024, "{taken}");
-    let mut got = vec![0; bytes.len()];
-    let write = async {
-        ours.write_all(&bytes[taken..]).await.unwrap();
-        ours.flush().await.unwrap();
-    };
-    within(async { tokio::join!(write, theirs.read_exact(&mut got)) })
-        .await
-        .1
-        .unwrap();
-    assert!(got == bytes);
 }
