@@ -193,12 +193,12 @@ mod tests {
         snapshot.insert_workload(workload("cart", "10.0.0.2"));
         let from = |address: &str| source(&snapshot, &web.identity, address.parse().unwrap());
 
-        assert_eq!(from("10.0.0.1:1").pod.as_ref(), Some(&web.name));
+        assert_eq!(from("10.0.0.1:1").pod(), Some(&web.name));
         // The address was another pod's a moment ago, or is nobody's.
         for address in ["10.0.0.2:1", "10.0.0.9:1"] {
             let party = from(address);
-            assert_eq!(party.pod, None);
-            assert_eq!(party.identity.as_ref(), Some(&web.identity));
+            assert_eq!(party.pod(), None);
+            assert_eq!(party.identity(), Some(&web.identity));
         }
     }
 }

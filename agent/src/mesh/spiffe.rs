@@ -116,8 +116,8 @@ impl SpiffeId {
 
     /// Namespace and service account, for those who keep them.
     #[must_use]
-    pub fn shared_names(&self) -> (Arc<str>, Arc<str>) {
-        (self.namespace.clone(), self.service_account.clone())
+    pub fn shared_names(&self) -> (&Arc<str>, &Arc<str>) {
+        (&self.namespace, &self.service_account)
     }
 }
 

@@ -2,8 +2,9 @@
 
 use std::fmt::{self, Write};
 
+use super::FailureReason;
+use super::history::Ended;
 use super::line::Line;
-use super::{EndedView, FailureReason};
 
 /// Target of the log lines, to filter on: `access=off` silences them.
 pub const TARGET: &str = "access";
@@ -12,76 +13,50 @@ pub const TARGET: &str = "access";
 const DETAIL_LIMIT: usize = 512;
 
 /// Writes the line.
-pub(super) fn write(ended: &EndedView) {
+pub(super) fn write(ended: &Ended) {
     tracing::info!(target: TARGET, line = ?Closed(ended));
 }
 
 /// The line of a connection.
-struct Closed<'a>(&'a EndedView);
+struct Closed<'a>(&'a Ended);
 
 impl fmt::Debug for Closed<'_> {
     fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
         let ended = self.0;
-        let view = &ended.connection;
-        let (source, destination) = (&view.source, &view.destination);
+        let info = &ended.info;
+        let (source, destination) = (&info.source, &info.destination);
+        let service = info.service.as_ref();
         Line::write(out, "connection closed", |line| {
-            line.number("id", Some(view.id))
-                .text("direction", Some(view.direction.as_str()))
-                .text("source_workload", source.source_workload.as_deref())
-                .text(
-                    "source_workload_namespace",
-                    source.source_workload_namespace.as_deref(),
-                )
-                .text("source_version", source.source_version.as_deref())
-                .shown("source_pod", source.source_pod.as_ref())
-                .text(
-                    "source_service_account",
-                    source.source_service_account.as_deref(),
-                )
-                .shown("source_principal", source.source_principal.as_ref())
-                .shown("source_address", Some(&source.source_address))
-                .text(
-                    "destination_workload",
-                    destination.destination_workload.as_deref(),
-                )
-                .text(
-                    "destination_workload_namespace",
-                    destination.destination_workload_namespace.as_deref(),
-                )
-                .text(
-                    "destination_version",
-                    destination.destination_version.as_deref(),
-                )
-                .shown("destination_pod", destination.destination_pod.as_ref())
-                .text(
-                    "destination_service_account",
-                    destination.destination_service_account.as_deref(),
-                )
-                .shown(
-                    "destination_principal",
-                    destination.destination_principal.as_ref(),
-                )
-                .shown(
-                    "destination_address",
-                    Some(&destination.destination_address),
-                )
+            line.number("id", Some(ended.id))
+                .text("direction", Some(info.direction.as_str()))
+                .text("source_workload", source.workload())
+                .text("source_workload_namespace", source.namespace())
+                .text("source_version", source.version())
+                .shown("source_pod", source.pod())
+                .text("source_service_account", source.service_account())
+                .shown("source_principal", source.identity())
+                .shown("source_address", Some(&source.address))
+                .text("destination_workload", destination.workload())
+                .text("destination_workload_namespace", destination.namespace())
+                .text("destination_version", destination.version())
+                .shown("destination_pod", destination.pod())
+                .text("destination_service_account", destination.service_account())
+                .shown("destination_principal", destination.identity())
+                .shown("destination_address", Some(&destination.address))
                 .text(
                     "destination_service_name",
-                    view.destination_service_name.as_deref(),
+                    service.map(|service| &*service.name),
                 )
                 .text(
                     "destination_service_namespace",
-                    view.destination_service_namespace.as_deref(),
+                    service.map(|service| &*service.namespace),
                 )
-                .shown("original_destination", Some(&view.original_destination))
-                .text(
-                    "connection_security_policy",
-                    Some(view.connection_security_policy.as_str()),
-                )
-                .number("sent_bytes", Some(view.sent_bytes))
-                .number("received_bytes", Some(view.received_bytes))
-                .moment("opened_at", view.opened_at)
-                .seconds("duration_seconds", Some(view.age))
+                .shown("original_destination", Some(&info.original_destination))
+                .text("connection_security_policy", Some(info.security.as_str()))
+                .number("sent_bytes", Some(ended.moved.sent))
+                .number("received_bytes", Some(ended.moved.received))
+                .moment("opened_at", ended.opened_at)
+                .seconds("duration_seconds", Some(ended.lasted))
                 .text("close_reason", Some(ended.close_reason.as_str()))
                 .text("reason", ended.reason.map(FailureReason::as_str))
                 .text("detail", ended.detail.as_deref());

@@ -8,11 +8,11 @@ use std::time::{Duration, SystemTime};
 use parking_lot::Mutex;
 use tokio::time::Instant;
 
+use super::history::Ended;
 use super::labels::Labels;
 use super::series::{Series, SeriesTable};
 use super::{
-    CloseReason, ConnectionInfo, ConnectionView, End, EndedView, FailureReason, Phase, Telemetry,
-    access_log,
+    CloseReason, ConnectionInfo, ConnectionView, End, FailureReason, Phase, Telemetry, access_log,
 };
 
 /// After how long a connection that nobody called established counts with the labels that it has,
@@ -40,6 +40,20 @@ impl ByteCount {
     pub fn add_received(&self, bytes: u64) {
         self.received.fetch_add(bytes, Ordering::Relaxed);
     }
+
+    fn moved(&self) -> Moved {
+        Moved {
+            sent: self.sent.load(Ordering::Relaxed),
+            received: self.received.load(Ordering::Relaxed),
+        }
+    }
+}
+
+/// What a [`ByteCount`] said at one moment.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) struct Moved {
+    pub sent: u64,
+    pub received: u64,
 }
 
 /// A connection that the telemetry knows of. Close it with [`Connection::close`] or
@@ -107,14 +121,18 @@ impl Connection {
         };
         self.telemetry.forget_connection(self.entry.id);
         let lasted = self.entry.opened.elapsed();
-        let view = self
+        let (info, moved) = self
             .entry
             .finish(self.telemetry.series(), reason, failure, lasted);
-        let ended = EndedView {
-            connection: view,
+        let ended = Ended {
+            id: self.entry.id,
+            info,
+            moved,
+            opened_at: self.entry.opened_at,
+            lasted,
             close_reason: reason,
             reason: failure,
-            detail: detail.map(access_log::truncated),
+            detail: detail.map(|detail| access_log::truncated(detail).into()),
         };
         access_log::write(&ended);
         self.telemetry.remember(ended);
@@ -155,8 +173,7 @@ struct State {
 /// What was counted of a connection so far, and where.
 struct Account {
     series: Arc<Series>,
-    sent: u64,
-    received: u64,
+    counted: Moved,
 }
 
 impl Entry {
@@ -186,7 +203,14 @@ impl Entry {
 
     pub fn view(&self, now: Instant) -> ConnectionView {
         let state = self.state.lock();
-        self.view_of(&state, now.saturating_duration_since(self.opened))
+        ConnectionView::new(
+            self.id,
+            &state.info,
+            state.phase,
+            self.bytes.moved(),
+            self.opened_at,
+            now.saturating_duration_since(self.opened),
+        )
     }
 
     fn finish(
@@ -195,7 +219,7 @@ impl Entry {
         reason: CloseReason,
         failure: Option<FailureReason>,
         lasted: Duration,
-    ) -> ConnectionView {
+    ) -> (ConnectionInfo, Moved) {
         let mut state = self.state.lock();
         state.settle(table);
         state.fold(&self.bytes);
@@ -204,23 +228,11 @@ impl Entry {
             account.series.close(reason, failure, lasted);
         }
         state.phase = Phase::Closed;
-        self.view_of(&state, lasted)
+        (state.info.clone(), self.bytes.moved())
     }
 
     fn has_bytes(&self) -> bool {
-        self.bytes.sent.load(Ordering::Relaxed) > 0
-            || self.bytes.received.load(Ordering::Relaxed) > 0
-    }
-
-    fn view_of(&self, state: &State, age: Duration) -> ConnectionView {
-        ConnectionView::new(
-            self.id,
-            &state.info,
-            state.phase,
-            &self.bytes,
-            self.opened_at,
-            age,
-        )
+        self.bytes.moved() != Moved::default()
     }
 }
 
@@ -230,8 +242,7 @@ impl State {
         if self.account.is_none() {
             self.account = Some(Account {
                 series: table.open(Labels::of(&self.info)),
-                sent: 0,
-                received: 0,
+                counted: Moved::default(),
             });
         }
     }
@@ -239,13 +250,12 @@ impl State {
     /// Counts the bytes that were not counted yet.
     fn fold(&mut self, bytes: &ByteCount) {
         if let Some(account) = &mut self.account {
-            let sent = bytes.sent.load(Ordering::Relaxed);
-            let received = bytes.received.load(Ordering::Relaxed);
+            let moved = bytes.moved();
             account.series.add_bytes(
-                sent.saturating_sub(account.sent),
-                received.saturating_sub(account.received),
+                moved.sent.saturating_sub(account.counted.sent),
+                moved.received.saturating_sub(account.counted.received),
             );
-            (account.sent, account.received) = (sent, received);
+            account.counted = moved;
         }
     }
 }

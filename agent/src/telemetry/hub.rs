@@ -17,7 +17,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::connection::Entry;
-use super::history::History;
+use super::history::{Ended, History};
 use super::http::Requester;
 use super::http::series::{HttpMetrics, HttpSeries};
 use super::process::Process;
@@ -47,7 +47,8 @@ pub struct TelemetryOptions {
     pub max_request_outcomes: usize,
     /// How long the series of a workload that is gone stay. Default 5 minutes: a few scrapes.
     pub series_grace: Duration,
-    /// Ended connections that are remembered, the newest. Default 1,024, about 1 MiB.
+    /// Ended connections that are remembered, the newest. Default 1,024, 256 KiB beside
+    /// the pods that they speak of, which are the model's while they are in it.
     pub max_ended: usize,
 }
 
@@ -172,8 +173,8 @@ impl Telemetry {
 
     /// The connections that ended last, newest first.
     #[must_use]
-    pub fn ended(&self) -> Vec<Arc<EndedView>> {
-        self.history.all()
+    pub fn ended(&self) -> Vec<EndedView> {
+        self.history.all().iter().map(Ended::view).collect()
     }
 
     /// Number of live connections.
@@ -246,6 +247,17 @@ impl Telemetry {
         self.http.retain(&known, snapshot, self.series_grace, now);
     }
 
+    /// Gives back the room that the connection table had for a burst.
+    pub fn shrink(&self) {
+        for shard in &self.table {
+            let mut shard = shard.lock();
+            // To grow again a little later would cost more than the room does.
+            if shard.capacity() > 4 * shard.len() {
+                shard.shrink_to_fit();
+            }
+        }
+    }
+
     pub(super) fn series(&self) -> &SeriesTable {
         &self.series
     }
@@ -258,7 +270,7 @@ impl Telemetry {
         self.shard(id).lock().remove(&id);
     }
 
-    pub(super) fn remember(&self, ended: EndedView) {
+    pub(super) fn remember(&self, ended: Ended) {
         self.history.remember(ended);
     }
 

@@ -66,62 +66,41 @@ impl Security {
 }
 
 /// One end of a connection.
+///
+/// Who is there is shared with the model, names and all: of the 10,000 connections of a busy node most are between the
+/// same few pods.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Party {
-    /// The owner that metrics speak of (Deployment, …).
-    pub workload: Option<Arc<str>>,
-    /// Version of the workload.
-    pub version: Option<Arc<str>>,
-    /// The pod.
-    pub pod: Option<ObjectName>,
-    /// Namespace of the workload.
-    pub namespace: Option<Arc<str>>,
-    /// Its service account.
-    pub service_account: Option<Arc<str>>,
-    /// Its identity, and only where it is proven or demanded: by a certificate, or by the network
-    /// namespace that the socket is in. Never from an address.
-    pub identity: Option<SpiffeId>,
+    who: Who,
     /// Address and port of this end.
     pub address: SocketAddr,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Who {
+    Pod(Arc<Workload>),
+    /// By its certificate.
+    Proven(Arc<SpiffeId>),
+    Unknown,
 }
 
 impl Party {
     /// A pod that the mesh knows. It has an identity here only if it is in the mesh: nothing proves
     /// that of another.
     #[must_use]
-    pub fn of(workload: &Workload, address: SocketAddr) -> Self {
-        let (_, service_account) = workload.identity.shared_names();
+    pub fn of(workload: &Arc<Workload>, address: SocketAddr) -> Self {
         Self {
-            workload: Some(workload.workload.clone()),
-            version: workload.version.clone(),
-            pod: Some(workload.name.clone()),
-            namespace: Some(workload.name.namespace.clone()),
-            service_account: Some(service_account),
-            identity: workload.is_meshed().then(|| workload.identity.clone()),
+            who: Who::Pod(workload.clone()),
             address,
-        }
-    }
-
-    /// A pod that is taken for this one because of its address: names without an identity, which
-    /// is right for a peer that came in plaintext.
-    #[must_use]
-    pub fn by_address(workload: &Workload, address: SocketAddr) -> Self {
-        Self {
-            identity: None,
-            service_account: None,
-            ..Self::of(workload, address)
         }
     }
 
     /// A peer of whom the certificate is known and the pod is not.
     #[must_use]
     pub fn of_identity(identity: &SpiffeId, address: SocketAddr) -> Self {
-        let (namespace, service_account) = identity.shared_names();
         Self {
-            namespace: Some(namespace),
-            service_account: Some(service_account),
-            identity: Some(identity.clone()),
-            ..Self::unknown(address)
+            who: Who::Proven(Arc::new(identity.clone())),
+            address,
         }
     }
 
@@ -129,13 +108,64 @@ impl Party {
     #[must_use]
     pub fn unknown(address: SocketAddr) -> Self {
         Self {
-            workload: None,
-            version: None,
-            pod: None,
-            namespace: None,
-            service_account: None,
-            identity: None,
+            who: Who::Unknown,
             address,
+        }
+    }
+
+    /// The owner that metrics speak of (Deployment, …).
+    #[must_use]
+    pub fn workload(&self) -> Option<&Arc<str>> {
+        Some(&self.known()?.workload)
+    }
+
+    /// Version of the workload.
+    #[must_use]
+    pub fn version(&self) -> Option<&Arc<str>> {
+        self.known()?.version.as_ref()
+    }
+
+    /// The pod.
+    #[must_use]
+    pub fn pod(&self) -> Option<&ObjectName> {
+        Some(&self.known()?.name)
+    }
+
+    /// Namespace of the workload.
+    #[must_use]
+    pub fn namespace(&self) -> Option<&Arc<str>> {
+        match &self.who {
+            Who::Pod(workload) => Some(&workload.name.namespace),
+            Who::Proven(identity) => Some(identity.shared_names().0),
+            Who::Unknown => None,
+        }
+    }
+
+    /// Its service account.
+    #[must_use]
+    pub fn service_account(&self) -> Option<&Arc<str>> {
+        match &self.who {
+            Who::Pod(workload) => Some(workload.identity.shared_names().1),
+            Who::Proven(identity) => Some(identity.shared_names().1),
+            Who::Unknown => None,
+        }
+    }
+
+    /// Its identity, and only where it is proven or demanded: by a certificate, or by the network
+    /// namespace that the socket is in. Never from an address.
+    #[must_use]
+    pub fn identity(&self) -> Option<&SpiffeId> {
+        match &self.who {
+            Who::Pod(workload) => workload.is_meshed().then_some(&workload.identity),
+            Who::Proven(identity) => Some(identity),
+            Who::Unknown => None,
+        }
+    }
+
+    fn known(&self) -> Option<&Workload> {
+        match &self.who {
+            Who::Pod(workload) => Some(workload),
+            Who::Proven(_) | Who::Unknown => None,
         }
     }
 }

@@ -75,10 +75,10 @@ impl Labels {
 impl PartyLabels {
     fn of(party: &Party) -> Self {
         Self {
-            workload: party.workload.clone(),
-            namespace: party.namespace.clone(),
-            version: party.version.clone(),
-            principal: party.identity.clone(),
+            workload: party.workload().cloned(),
+            namespace: party.namespace().cloned(),
+            version: party.version().cloned(),
+            principal: party.identity().cloned(),
         }
     }
 

@@ -75,9 +75,11 @@ impl<'a, 'f> Line<'a, 'f> {
     }
 
     /// Adds a text, if there is one.
-    pub fn text(&mut self, name: &str, value: Option<&str>) -> &mut Self {
+    pub fn text(&mut self, name: &str, value: Option<&(impl AsRef<str> + ?Sized)>) -> &mut Self {
         match value {
-            Some(value) => self.add(name, |line| line.quoted(|escaped| escaped.write_str(value))),
+            Some(value) => self.add(name, |line| {
+                line.quoted(|escaped| escaped.write_str(value.as_ref()))
+            }),
             None => self,
         }
     }
@@ -308,7 +310,7 @@ mod tests {
         fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
             Line::write(out, "told", |line| {
                 line.text("text", Some(self.0))
-                    .text("absent", None)
+                    .text("absent", None::<&str>)
                     .shown("shown", Some(&format_args!("<{}>", self.0)))
                     .number("number", Some(7_u32))
                     .seconds("seconds", Some(Duration::from_micros(1_012_500)));

@@ -2,14 +2,14 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::{Duration, SystemTime};
 
 use serde::{Serialize, Serializer};
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
-use super::{ByteCount, CloseReason, ConnectionInfo, Direction, FailureReason, Party, Security};
+use super::connection::Moved;
+use super::{CloseReason, ConnectionInfo, Direction, FailureReason, Party, Security};
 use crate::mesh::{ObjectName, SpiffeId};
 
 /// How far a connection has come.
@@ -70,7 +70,7 @@ pub struct EndedView {
     /// Why, if it failed.
     pub reason: Option<FailureReason>,
     /// An explanation of that, at most 512 bytes.
-    pub detail: Option<String>,
+    pub detail: Option<Box<str>>,
 }
 
 /// The client of a connection.
@@ -116,7 +116,7 @@ impl ConnectionView {
         id: u64,
         info: &ConnectionInfo,
         phase: Phase,
-        bytes: &ByteCount,
+        moved: Moved,
         opened_at: SystemTime,
         age: Duration,
     ) -> Self {
@@ -134,8 +134,8 @@ impl ConnectionView {
             destination_service_namespace: service_namespace,
             original_destination: info.original_destination,
             connection_security_policy: info.security,
-            sent_bytes: bytes.sent.load(Ordering::Relaxed),
-            received_bytes: bytes.received.load(Ordering::Relaxed),
+            sent_bytes: moved.sent,
+            received_bytes: moved.received,
             opened_at,
             age,
         }
@@ -145,12 +145,12 @@ impl ConnectionView {
 impl SourceView {
     fn of(party: &Party) -> Self {
         Self {
-            source_workload: party.workload.clone(),
-            source_workload_namespace: party.namespace.clone(),
-            source_version: party.version.clone(),
-            source_pod: party.pod.clone(),
-            source_service_account: party.service_account.clone(),
-            source_principal: party.identity.clone(),
+            source_workload: party.workload().cloned(),
+            source_workload_namespace: party.namespace().cloned(),
+            source_version: party.version().cloned(),
+            source_pod: party.pod().cloned(),
+            source_service_account: party.service_account().cloned(),
+            source_principal: party.identity().cloned(),
             source_address: party.address,
         }
     }
@@ -159,12 +159,12 @@ impl SourceView {
 impl DestinationView {
     fn of(party: &Party) -> Self {
         Self {
-            destination_workload: party.workload.clone(),
-            destination_workload_namespace: party.namespace.clone(),
-            destination_version: party.version.clone(),
-            destination_pod: party.pod.clone(),
-            destination_service_account: party.service_account.clone(),
-            destination_principal: party.identity.clone(),
+            destination_workload: party.workload().cloned(),
+            destination_workload_namespace: party.namespace().cloned(),
+            destination_version: party.version().cloned(),
+            destination_pod: party.pod().cloned(),
+            destination_service_account: party.service_account().cloned(),
+            destination_principal: party.identity().cloned(),
             destination_address: party.address,
         }
     }

@@ -80,20 +80,17 @@ fn ends(line: &mut Line<'_, '_>, requester: &Requester, scope: &Scope) {
     let (source, destination) = (&requester.source, &scope.destination);
     let service = scope.service.as_ref();
     line.text("direction", Some(requester.direction.as_str()))
-        .text("source_workload", source.workload.as_deref())
-        .text("source_workload_namespace", source.namespace.as_deref())
-        .text("source_version", source.version.as_deref())
-        .shown("source_pod", source.pod.as_ref())
-        .shown("source_principal", source.identity.as_ref())
+        .text("source_workload", source.workload())
+        .text("source_workload_namespace", source.namespace())
+        .text("source_version", source.version())
+        .shown("source_pod", source.pod())
+        .shown("source_principal", source.identity())
         .shown("source_address", Some(&source.address))
-        .text("destination_workload", destination.workload.as_deref())
-        .text(
-            "destination_workload_namespace",
-            destination.namespace.as_deref(),
-        )
-        .text("destination_version", destination.version.as_deref())
-        .shown("destination_pod", destination.pod.as_ref())
-        .shown("destination_principal", destination.identity.as_ref())
+        .text("destination_workload", destination.workload())
+        .text("destination_workload_namespace", destination.namespace())
+        .text("destination_version", destination.version())
+        .shown("destination_pod", destination.pod())
+        .shown("destination_principal", destination.identity())
         .shown("destination_address", Some(&destination.address))
         .text(
             "destination_service_name",
