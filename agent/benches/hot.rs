@@ -20,7 +20,7 @@ use undermesh::mesh::{
     Endpoint, Membership, MeshConfig, Mode, ObjectName, Service, ServicePort, Snapshot, SpiffeId,
     TrustDomain, Workload, WorkloadUid,
 };
-use undermesh::relay::relay_tcp;
+use undermesh::relay::{Borrowed, relay_tcp};
 use undermesh::resilience::balance::BalanceSettings;
 use undermesh::resilience::destination::{Ask, Destination, DestinationSettings};
 use undermesh::resilience::ejection::{EjectionSettings, SourceId};
@@ -173,7 +173,11 @@ impl Relay {
         let stopped = stop.clone();
         tokio::spawn(async move {
             let bytes = ByteCount::default();
-            relay_tcp(downstream, upstream, (&bytes).into(), &stopped).await
+            let connection = Borrowed {
+                counts: (&bytes).into(),
+                stop: &stopped,
+            };
+            relay_tcp(downstream, upstream, connection).await
         });
         Ok(Self {
             client,

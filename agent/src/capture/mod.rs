@@ -58,7 +58,7 @@ pub use kernel::{HBONE_PORT, Kernel, KernelError, KernelOptions};
 pub use memory::{MemoryStatus, MemoryUse};
 pub use native::{NativeSample, NativeView};
 pub use netns::NetnsError;
-pub use pod::{Dial, DialError, EnrolledPod, Tracked};
+pub use pod::{Dial, DialError, EnrolledPod, OfPod, Tracked};
 pub use probe::Proof;
 pub use share::{CONNECTIONS_PER_POD, Full, Slot};
 pub use shelf::{Handed, Held};

@@ -13,7 +13,7 @@ use super::deliver::deliver;
 use super::http::{Redial, Stops, Visit, serve, upstreams};
 use super::recognize::{hint_for, recognize};
 use super::{Caller, Inbound};
-use crate::capture::{EnrolledPod, Slot, Task, Tracked};
+use crate::capture::{EnrolledPod, OfPod, Slot, Task, Tracked};
 use crate::http::{HttpIo, Wire};
 use crate::relay::{Early, Ended, Peer, begin_tunnel, relay_tcp, relay_tunnel};
 use crate::telemetry::{Connection, Direction, End, Party, Security};
@@ -137,9 +137,7 @@ async fn relay(talk: Talk, client: HttpIo, app: TcpStream) -> Option<Task> {
     } = talk;
     let bytes = connection.bytes().clone();
     let relay: Pin<Box<dyn Future<Output = Ended> + Send>> = match client {
-        HttpIo::Socket(client) => {
-            Box::pin(async move { relay_tcp(client, app, (&*bytes).into(), pod.gone()).await })
-        }
+        HttpIo::Socket(client) => Box::pin(relay_tcp(client, app, OfPod { pod, bytes })),
         HttpIo::Tunnel(client) => {
             let early = Early::default();
             let counts = (&*bytes).into();
@@ -151,10 +149,8 @@ async fn relay(talk: Talk, client: HttpIo, app: TcpStream) -> Option<Task> {
                     return None;
                 }
             };
-            Box::pin(async move {
-                let counts = (&*bytes).into();
-                relay_tunnel(app, Peer::Upstream, send, receive, counts, pod.gone()).await
-            })
+            let connection = OfPod { pod, bytes };
+            Box::pin(relay_tunnel(app, Peer::Upstream, send, receive, connection))
         }
     };
     Some(Box::pin(async move {

@@ -16,7 +16,7 @@ use super::connect::{Failure, Upstream};
 use super::destinations::{DestinationId, EndpointId, Reachable, Route, RouteKey, Traffic};
 use super::target::Target;
 use super::tries::{Tries, no_endpoint};
-use crate::capture::{Capture, EnrolledPod};
+use crate::capture::{Capture, EnrolledPod, OfPod};
 use crate::http::{Crowded, Place, Places};
 use crate::mesh::route::{BackendTarget, StreamRule};
 use crate::mesh::{ObjectName, Snapshot, StreamTimeouts, TrafficPolicy};
@@ -312,13 +312,16 @@ fn carry(
     bytes: Arc<ByteCount>,
 ) -> Carrying {
     match upstream {
-        Upstream::Socket(upstream) => Box::pin(async move {
-            relay::relay_tcp(stream, upstream, (&*bytes).into(), pod.gone()).await
-        }),
-        Upstream::Tunnel(Tunnelled { send, receive, .. }) => Box::pin(async move {
-            let counts = (&*bytes).into();
-            relay::relay_tunnel(stream, Peer::Downstream, send, receive, counts, pod.gone()).await
-        }),
+        Upstream::Socket(upstream) => {
+            Box::pin(relay::relay_tcp(stream, upstream, OfPod { pod, bytes }))
+        }
+        Upstream::Tunnel(Tunnelled { send, receive, .. }) => Box::pin(relay::relay_tunnel(
+            stream,
+            Peer::Downstream,
+            send,
+            receive,
+            OfPod { pod, bytes },
+        )),
     }
 }
 

@@ -7,7 +7,7 @@ use tokio::net::TcpStream;
 use tokio_util::sync::CancellationToken;
 
 use super::buffers::write_all;
-use super::{Counts, Ended, Peer, relay_tcp, relay_tunnel};
+use super::{Borrowed, Counts, Ended, Peer, relay_tcp, relay_tunnel};
 use crate::tunnel::{ResetReason, TunnelIo, TunnelReceive, TunnelSend};
 
 /// Bytes that were read already and come first; no more than a parser's buffer.
@@ -45,7 +45,7 @@ pub async fn relay_tcp_after(
         return ended;
     }
     count(&early, counts);
-    relay_tcp(downstream, upstream, counts, stop).await
+    relay_tcp(downstream, upstream, Borrowed { counts, stop }).await
 }
 
 /// [`relay_tunnel`], after these bytes and what the tunnel has received and nobody read.
@@ -59,7 +59,7 @@ pub async fn relay_tunnel_after(
 ) -> Ended {
     match begin_tunnel(early, socket, plain, tunnel, counts, stop).await {
         Ok((socket, send, receive)) => {
-            relay_tunnel(socket, plain, send, receive, counts, stop).await
+            relay_tunnel(socket, plain, send, receive, Borrowed { counts, stop }).await
         }
         Err(ended) => ended,
     }
@@ -82,10 +82,7 @@ pub async fn begin_tunnel(
     if !unread.is_empty() {
         *to_socket = [&to_socket[..], &unread[..]].concat().into();
     }
-    let far = match plain {
-        Peer::Downstream => Peer::Upstream,
-        Peer::Upstream => Peer::Downstream,
-    };
+    let far = plain.other();
     let (to_tunnel, to_socket) = (to_tunnel.clone(), to_socket.clone());
     let there = async {
         if to_tunnel.is_empty() {

@@ -24,49 +24,54 @@ impl Broken {
     }
 }
 
-/// Runs both directions until both have ended, or until one breaks.
+/// Runs both directions until both have ended, or until one breaks. `there` is from this end, and `back` is to it.
 ///
-/// `there` and `back` are pinned by the caller: given by value, they would lie in the task of every
+/// They are pinned by the caller: given by value, they would lie in the task of every
 /// connection once more for each function that they pass through.
 ///
 /// `failure_of` watches over the source of a direction. It is asked for only while that has nothing
 /// more to say but still something to hear: its own reading has ended, so nobody else would
 /// notice that it went away.
-pub(super) async fn join<F>(
+pub(super) fn join<F>(
     mut there: Pin<&mut impl Future<Output = Result<(), Broken>>>,
     mut back: Pin<&mut impl Future<Output = Result<(), Broken>>>,
+    end: Peer,
     failure_of: impl Fn(Peer) -> Option<F>,
-) -> Ended
+) -> impl Future<Output = Ended>
 where
     F: Future<Output = ()>,
 {
     let (mut there_ended, mut back_ended) = (false, false);
     // Boxed: few connections are half open for long.
     let mut failure: Option<Pin<Box<F>>> = None;
-    while !(there_ended && back_ended) {
-        tokio::select! {
-            end = &mut there, if !there_ended => match end {
-                Ok(()) => there_ended = true,
-                Err(broken) => return Ended::Reset(broken.between(Peer::Downstream, Peer::Upstream)),
-            },
-            end = &mut back, if !back_ended => match end {
-                Ok(()) => back_ended = true,
-                Err(broken) => return Ended::Reset(broken.between(Peer::Upstream, Peer::Downstream)),
-            },
-            () = poll_fn(|cx| match &mut failure {
-                Some(failure) => failure.as_mut().poll(cx),
-                None => Poll::Pending,
-            }) => return Ended::Reset(if there_ended { Peer::Downstream } else { Peer::Upstream }),
+    poll_fn(move |cx| {
+        if !there_ended && let Poll::Ready(result) = there.as_mut().poll(cx) {
+            if let Err(broken) = result {
+                let by = broken.between(end, end.other());
+                return Poll::Ready(Ended::Reset(by));
+            }
+            there_ended = true;
         }
-        // At most one of both: the loop ends with the other.
+        if !back_ended && let Poll::Ready(result) = back.as_mut().poll(cx) {
+            if let Err(broken) = result {
+                let by = broken.between(end.other(), end);
+                return Poll::Ready(Ended::Reset(by));
+            }
+            back_ended = true;
+        }
+        let silent = match (there_ended, back_ended) {
+            (false, false) => return Poll::Pending,
+            (true, true) => return Poll::Ready(Ended::InOrder),
+            (true, false) => end,
+            (false, true) => end.other(),
+        };
+        // At most one of both: with the other end all is over.
         if failure.is_none() {
-            let silent = if there_ended {
-                Peer::Downstream
-            } else {
-                Peer::Upstream
-            };
             failure = failure_of(silent).map(Box::pin);
         }
-    }
-    Ended::InOrder
+        match &mut failure {
+            Some(failure) => failure.as_mut().poll(cx).map(|()| Ended::Reset(silent)),
+            None => Poll::Pending,
+        }
+    })
 }

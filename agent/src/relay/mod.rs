@@ -15,7 +15,7 @@ mod half;
 mod splice;
 mod tunnelled;
 
-use std::future::Future;
+use std::future::{Future, poll_fn};
 use std::io;
 use std::pin::pin;
 use std::sync::atomic::AtomicU64;
@@ -37,6 +37,16 @@ pub enum Peer {
     Downstream,
     /// Who it was opened to.
     Upstream,
+}
+
+impl Peer {
+    /// The one at the other end.
+    fn other(self) -> Self {
+        match self {
+            Self::Downstream => Self::Upstream,
+            Self::Upstream => Self::Downstream,
+        }
+    }
 }
 
 impl<'a> From<&'a ByteCount> for Counts<'a> {
@@ -81,6 +91,35 @@ pub struct Counts<'a> {
     pub to_downstream: &'a AtomicU64,
 }
 
+/// A connection that is relayed, as its relay owns it. What a future around the relay held for it would be in memory
+/// beside it for as long as the connection idles.
+pub trait Relayed: Send + Sync {
+    /// Where its bytes are counted.
+    fn counts(&self) -> Counts<'_>;
+
+    /// What stops it.
+    fn stop(&self) -> &CancellationToken;
+}
+
+/// One of which somebody else keeps all that.
+#[derive(Debug, Clone, Copy)]
+pub struct Borrowed<'a> {
+    /// Where its bytes are counted.
+    pub counts: Counts<'a>,
+    /// What stops it.
+    pub stop: &'a CancellationToken,
+}
+
+impl Relayed for Borrowed<'_> {
+    fn counts(&self) -> Counts<'_> {
+        self.counts
+    }
+
+    fn stop(&self) -> &CancellationToken {
+        self.stop
+    }
+}
+
 /// Relays between two plain TCP sockets, without copying through user space.
 ///
 /// An idle connection holds one of these.
@@ -88,17 +127,17 @@ pub struct Counts<'a> {
     clippy::manual_async_fn,
     reason = "an async fn holds its arguments twice"
 )]
-pub fn relay_tcp<'a>(
+pub fn relay_tcp<C: Relayed>(
     downstream: TcpStream,
     upstream: TcpStream,
-    counts: Counts<'a>,
-    stop: &'a CancellationToken,
-) -> impl Future<Output = Ended> + Send + use<'a> {
+    connection: C,
+) -> impl Future<Output = Ended> + Send + use<C> {
     async move {
         let ended = {
+            let counts = connection.counts();
             let there = pin!(splice::pump(&downstream, &upstream, counts.to_upstream));
             let back = pin!(splice::pump(&upstream, &downstream, counts.to_downstream));
-            let both = half::join(there, back, |peer| {
+            let both = half::join(there, back, Peer::Downstream, |peer| {
                 Some(failed(match peer {
                     Peer::Downstream => &downstream,
                     Peer::Upstream => &upstream,
@@ -106,7 +145,7 @@ pub fn relay_tcp<'a>(
             });
             tokio::select! {
                 ended = both => ended,
-                () = stop.cancelled() => Ended::Stopped,
+                () = connection.stop().cancelled() => Ended::Stopped,
             }
         };
         if ended == Ended::InOrder {
@@ -115,6 +154,14 @@ pub fn relay_tcp<'a>(
         }
         ended
     }
+}
+
+/// Returns once the socket has something to read, its end or an error.
+///
+/// By tokio's place for the one task that reads, where `TcpStream::readable` would hold a place of its own in every idle
+/// connection. Both directions of a connection are in one task.
+fn readable(stream: &TcpStream) -> impl Future<Output = io::Result<()>> + use<'_> {
+    poll_fn(|cx| stream.poll_read_ready(cx))
 }
 
 /// Closes a socket whose both directions have ended, so that what the kernel still holds of its

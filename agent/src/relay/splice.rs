@@ -1,5 +1,6 @@
 //! One direction between two TCP sockets by splice(2): bytes stay in the kernel.
 
+use std::future::Future;
 use std::io;
 use std::net::Shutdown;
 use std::os::fd::OwnedFd;
@@ -11,7 +12,7 @@ use tokio::io::Interest;
 use tokio::net::TcpStream;
 
 use super::half::Broken;
-use super::{buffers, failed};
+use super::{buffers, failed, readable};
 
 /// What one pipe may hold, and so what one direction may have in flight inside the agent. The
 /// default of 64 KiB costs a quarter of the throughput of a bulk stream.
@@ -50,23 +51,29 @@ impl Pipe {
 }
 
 /// Moves bytes until the source ends, then ends the sink's sending side.
-pub(super) async fn pump(
-    source: &TcpStream,
-    sink: &TcpStream,
-    count: &AtomicU64,
-) -> Result<(), Broken> {
-    let mut sink_is = Sink::Unasked;
-    loop {
-        source.readable().await.map_err(|_| Broken::Source)?;
-        let Ok(pipe) = Pipe::take() else {
-            // No descriptor left for a pipe: slower, but the connection lives.
-            return buffers::pump(source, sink, count).await;
-        };
-        // A pipe with bytes in it is dropped with the error, never given back.
-        let turn = move_available(source, sink, &mut sink_is, &pipe, count).await?;
-        pipe.give_back();
-        if turn == Turn::End {
-            return end(sink);
+#[allow(
+    clippy::manual_async_fn,
+    reason = "an async fn holds its arguments twice"
+)]
+pub(super) fn pump<'a>(
+    source: &'a TcpStream,
+    sink: &'a TcpStream,
+    count: &'a AtomicU64,
+) -> impl Future<Output = Result<(), Broken>> + use<'a> {
+    async move {
+        let mut sink_is = Sink::Unasked;
+        loop {
+            readable(source).await.map_err(|_| Broken::Source)?;
+            let Ok(pipe) = Pipe::take() else {
+                // No descriptor left for a pipe: slower, but the connection lives.
+                return Box::pin(buffers::pump(source, sink, count)).await;
+            };
+            // A pipe with bytes in it is dropped with the error, never given back.
+            let turn = move_available(source, sink, &mut sink_is, &pipe, count).await?;
+            pipe.give_back();
+            if turn == Turn::End {
+                return end(sink);
+            }
         }
     }
 }
@@ -117,14 +124,13 @@ async fn move_available(
                 || -> io::Result<usize> { Ok(splice(&pipe.read, None, sink, None, left, flags)?) };
             let at_once = match std::mem::replace(sink_is, Sink::Asked) {
                 Sink::Unasked => drain(),
-                Sink::Asked => Err(io::ErrorKind::WouldBlock.into()),
+                Sink::Asked => sink.try_io(Interest::WRITABLE, drain),
             };
             let drained = match at_once {
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => tokio::select! {
-                    biased;
-                    drained = sink.async_io(Interest::WRITABLE, drain) => drained,
-                    () = failed(source) => return Err(Broken::Source),
-                },
+                // Boxed, as idle connections need none of it.
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    Box::pin(drain_later(source, sink, drain)).await?
+                }
                 drained => drained,
             };
             match drained {
@@ -137,5 +143,18 @@ async fn move_available(
         count.fetch_add(filled as u64, Ordering::Relaxed);
         // Both sockets may stay ready for as long as a bulk transfer lasts.
         tokio::task::coop::consume_budget().await;
+    }
+}
+
+/// Drains as soon as the sink takes something, unless the source fails before.
+async fn drain_later(
+    source: &TcpStream,
+    sink: &TcpStream,
+    drain: impl Fn() -> io::Result<usize>,
+) -> Result<io::Result<usize>, Broken> {
+    tokio::select! {
+        biased;
+        drained = sink.async_io(Interest::WRITABLE, drain) => Ok(drained),
+        () = failed(source) => Err(Broken::Source),
     }
 }

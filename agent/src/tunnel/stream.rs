@@ -1,7 +1,6 @@
 //! The two halves of a connection inside a tunnel.
 
 use std::future::poll_fn;
-use std::ops::Deref;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -33,7 +32,7 @@ pub struct TunnelSend {
 /// Since when a write waits, until it counts as stalled.
 struct Waiting {
     patience: Pin<Box<Sleep>>,
-    counted: Option<Counted<Stalled>>,
+    counted: Option<Counted>,
 }
 
 /// The half that brings bytes from the peer.
@@ -112,14 +111,24 @@ impl TunnelSend {
     ///
     /// Cancelled, it may have handed over a part: then only a reset is a truthful end.
     pub async fn send(&mut self, mut data: Bytes) -> Result<(), StreamReset> {
+        poll_fn(|cx| self.poll_send(cx, &mut data)).await
+    }
+
+    /// [`TunnelSend::send`], for those who poll: what was handed over is taken off the bytes. One task may wait here at
+    /// a time.
+    pub fn poll_send(
+        &mut self,
+        cx: &mut Context<'_>,
+        data: &mut Bytes,
+    ) -> Poll<Result<(), StreamReset>> {
         while !data.is_empty() {
             let wanted = data.len().min(MAX_CHUNK);
-            let room = self.room(wanted).await?;
+            let room = ready!(self.poll_room_for(cx, wanted))?;
             let chunk = data.split_to(room.min(wanted));
             let sent = self.stream.send.lock().send_data(chunk, false);
             sent.map_err(|error| self.why_closed(error))?;
         }
-        Ok(())
+        Poll::Ready(Ok(()))
     }
 
     /// Hands over as many of the bytes as there is room for, like [`TunnelSend::send`]: they are
@@ -133,15 +142,7 @@ impl TunnelSend {
             return Poll::Ready(Ok(0));
         }
         let wanted = bytes.len().min(MAX_CHUNK);
-        self.stream.send.lock().reserve_capacity(wanted);
-        let room = match self.poll_room(cx) {
-            Poll::Ready(room) => room?,
-            Poll::Pending => {
-                self.wait(cx);
-                return Poll::Pending;
-            }
-        };
-        self.waiting = None;
+        let room = ready!(self.poll_room_for(cx, wanted))?;
         let chunk = Bytes::copy_from_slice(&bytes[..room.min(wanted)]);
         let written = chunk.len();
         let sent = self.stream.send.lock().send_data(chunk, false);
@@ -149,6 +150,21 @@ impl TunnelSend {
             sent.map(|()| written)
                 .map_err(|error| self.why_closed(error)),
         )
+    }
+
+    /// Room for a part of so many bytes at least.
+    fn poll_room_for(
+        &mut self,
+        cx: &mut Context<'_>,
+        wanted: usize,
+    ) -> Poll<Result<usize, StreamReset>> {
+        self.stream.send.lock().reserve_capacity(wanted);
+        let room = self.poll_room(cx);
+        match room {
+            Poll::Ready(_) => self.waiting = None,
+            Poll::Pending => self.wait(cx),
+        }
+        room
     }
 
     /// Counts the write as stalled once it has waited for long enough.
@@ -182,34 +198,15 @@ impl TunnelSend {
         self.stream.reset(reason.into());
     }
 
-    /// Waits until the peer, or the loss of the tunnel, ends the stream out of order: for those
-    /// who have nothing to send and have seen the end of the other direction. Never returns if
-    /// the stream ends in order.
-    pub async fn broken(&mut self) -> StreamReset {
-        match poll_fn(|cx| self.stream.send.lock().poll_reset(cx)).await {
+    /// Ready when the peer, or the loss of the tunnel, has ended the stream out of order: for those
+    /// who have nothing to send and have seen the end of the other direction. Never if the stream
+    /// ends in order.
+    pub fn poll_broken(&mut self, cx: &mut Context<'_>) -> Poll<StreamReset> {
+        let reset = self.stream.send.lock().poll_reset(cx);
+        reset.map(|reset| match reset {
             Ok(reason) => StreamReset::from(h2::Error::from(reason)).by_peer(),
             Err(error) => error.into(),
-        }
-    }
-
-    async fn room(&mut self, wanted: usize) -> Result<usize, StreamReset> {
-        {
-            let mut send = self.stream.send.lock();
-            send.reserve_capacity(wanted);
-            if send.capacity() > 0 {
-                return Ok(send.capacity());
-            }
-        }
-        let stalled = &*self.stream.stalled;
-        let room = poll_fn(|cx| self.poll_room(cx));
-        tokio::pin!(room);
-        match tokio::time::timeout(STALLED_AFTER, &mut room).await {
-            Ok(room) => room,
-            Err(_) => {
-                let _counted = Counted::new(stalled);
-                room.await
-            }
-        }
+        })
     }
 
     fn poll_room(&self, cx: &mut Context<'_>) -> Poll<Result<usize, StreamReset>> {
@@ -298,16 +295,16 @@ impl Drop for TunnelReceive {
     }
 }
 
-struct Counted<C: Deref<Target = AtomicUsize>>(C);
+struct Counted(Stalled);
 
-impl<C: Deref<Target = AtomicUsize>> Counted<C> {
-    fn new(counter: C) -> Self {
+impl Counted {
+    fn new(counter: Stalled) -> Self {
         counter.fetch_add(1, Ordering::Relaxed);
         Self(counter)
     }
 }
 
-impl<C: Deref<Target = AtomicUsize>> Drop for Counted<C> {
+impl Drop for Counted {
     fn drop(&mut self) {
         self.0.fetch_sub(1, Ordering::Relaxed);
     }

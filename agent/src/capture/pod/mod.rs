@@ -21,6 +21,8 @@ use super::share::{Full, PodShare, Slot};
 use super::sockets::PodAddresses;
 use super::stock::Stock;
 use crate::mesh::Workload;
+use crate::relay::{Counts, Relayed};
+use crate::telemetry::ByteCount;
 
 mod dial;
 
@@ -51,6 +53,24 @@ pub struct EnrolledPod {
 /// Counts as one live connection of its pod until dropped.
 #[derive(Debug)]
 pub struct Tracked(#[allow(dead_code)] TaskTrackerToken);
+
+/// A connection of a pod's, which ends when the pod is gone.
+pub struct OfPod {
+    /// Whose it is.
+    pub pod: Arc<EnrolledPod>,
+    /// Where its bytes are counted.
+    pub bytes: Arc<ByteCount>,
+}
+
+impl Relayed for OfPod {
+    fn counts(&self) -> Counts<'_> {
+        (&*self.bytes).into()
+    }
+
+    fn stop(&self) -> &CancellationToken {
+        self.pod.gone()
+    }
+}
 
 impl fmt::Debug for EnrolledPod {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

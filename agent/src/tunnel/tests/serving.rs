@@ -1,5 +1,6 @@
 //! What a server answers to whom.
 
+use std::future::poll_fn;
 use std::time::Instant;
 
 use h2::client::SendRequest;
@@ -396,6 +397,9 @@ async fn a_reset_after_the_end_takes_nothing_from_what_came_before() {
     let first = within(far.1.data()).await.unwrap().unwrap();
     assert_eq!(&first[..], b"all");
     send.send_reset(h2::Reason::NO_ERROR);
-    assert_eq!(within(far.0.broken()).await.by, ResetBy::Peer);
+    assert_eq!(
+        within(poll_fn(|cx| far.0.poll_broken(cx))).await.by,
+        ResetBy::Peer
+    );
     assert!(within(far.1.data()).await.is_none());
 }

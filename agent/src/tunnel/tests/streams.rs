@@ -1,5 +1,7 @@
 //! What a connection through a tunnel may rely on.
 
+use std::future::poll_fn;
+
 use super::*;
 use crate::tunnel::limits::{SEND_BUFFER, STREAM_WINDOW};
 
@@ -127,7 +129,7 @@ async fn a_receiver_dropped_before_the_end_stops_the_sender() {
     near_send.finish().unwrap();
     assert!(within(far.1.data()).await.is_none());
     drop((near_send, receive));
-    let reset = within(far.0.broken()).await;
+    let reset = within(poll_fn(|cx| far.0.poll_broken(cx))).await;
     assert_eq!(reset.by, ResetBy::Peer);
     assert!(far.0.send(Bytes::from_static(b"x")).await.is_err());
 }
