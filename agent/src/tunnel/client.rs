@@ -58,6 +58,14 @@ struct Usage {
     suspected_at: Option<u64>,
 }
 
+/// How long a tunnel without streams is kept.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct IdleBounds {
+    pub(super) alone: Duration,
+    /// Beside another that would take the next stream.
+    pub(super) surplus: Duration,
+}
+
 /// How well a tunnel would serve one more stream.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Fitness {
@@ -176,7 +184,12 @@ fn identify(key: &TunnelKey, session: &CommonState) -> Result<SpiffeId, TunnelEr
 
 impl<T: Transport> Established<T> {
     /// Moves the tunnel's frames until it ends.
-    pub(super) async fn drive(self, idle: Duration, bounds: Limits) {
+    pub(super) async fn drive(
+        self,
+        idle: IdleBounds,
+        is_surplus: impl Fn() -> bool,
+        bounds: Limits,
+    ) {
         let Self {
             tunnel,
             mut connection,
@@ -201,7 +214,7 @@ impl<T: Transport> Established<T> {
                 tunnel.liveness.abort();
                 tracing::debug!("tunnel aborted");
             }
-            () = tunnel.retire_when_idle(idle) => {}
+            () = tunnel.retire_when_idle(idle, is_surplus) => {}
         }
         tunnel.retire();
     }
@@ -273,20 +286,27 @@ impl Tunnel {
         })
     }
 
-    async fn retire_when_idle(&self, idle: Duration) {
+    /// Whether it is surplus is asked again and again: others may get room.
+    async fn retire_when_idle(&self, bounds: IdleBounds, is_surplus: impl Fn() -> bool) {
         loop {
-            let since = {
+            let Some(since) = self.idle_since() else {
+                self.idled.notified().await;
+                continue;
+            };
+            let idle = since.elapsed();
+            if idle >= bounds.alone || (idle >= bounds.surplus && is_surplus()) {
                 let mut state = self.usage.lock();
-                if state.streams == 0 && state.idle_since.elapsed() >= idle {
+                if state.streams == 0 {
                     state.requests = None;
                     break;
                 }
-                (state.streams == 0).then_some(state.idle_since)
-            };
-            match since {
-                Some(since) => tokio::time::sleep_until(since + idle).await,
-                None => self.idled.notified().await,
+                continue;
             }
+            let next_look = match idle < bounds.surplus {
+                true => since + bounds.surplus,
+                false => Instant::now() + bounds.surplus,
+            };
+            tokio::time::sleep_until(next_look.min(since + bounds.alone)).await;
         }
         pending().await
     }

@@ -12,7 +12,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio::time::timeout;
 use tracing::Instrument;
 
-use super::client::{ConnectFailure, Fitness, Place, Tunnel, establish};
+use super::client::{ConnectFailure, Fitness, IdleBounds, Place, Tunnel, establish};
 use super::error::{Stage, TunnelError};
 use super::headers::ConnectRequest;
 use super::limits::Limits;
@@ -54,6 +54,10 @@ pub struct PoolOptions {
     pub tunnels: usize,
     /// A tunnel without streams is closed after this time. Default 5 min.
     pub idle: Duration,
+    /// And after this time, if another one of its key would take the next stream: after a burst one is kept, not as many
+    /// as the burst needed, each of which costs either node some 50 KiB. Default 3 s: before the agent counts as quiet
+    /// and forgets what it ran.
+    pub surplus: Duration,
     /// Time bounds of each tunnel.
     pub limits: Limits,
 }
@@ -65,6 +69,7 @@ impl Default for PoolOptions {
             tunnels_per_key: 164,
             tunnels: 16_384,
             idle: Duration::from_secs(300),
+            surplus: Duration::from_secs(3),
             limits: Limits::default(),
         }
     }
@@ -412,12 +417,17 @@ impl Pool {
         let place = lead.land(&established.tunnel)?;
         count(&self.counters.established);
         let (pool, key) = (Arc::downgrade(self), lead.key.clone());
-        let (idle, bounds) = (self.options.idle, bounds.clone());
+        let bounds = bounds.clone();
+        let idle = IdleBounds {
+            alone: self.options.idle,
+            surplus: self.options.surplus,
+        };
         let span = tracing::debug_span!("tunnel", id = lead.id, netns_cookie = key.netns_cookie,
             source = %key.source, %address, peer = %established.tunnel.peer);
         let driven = async move {
             let id = established.tunnel.id;
-            established.drive(idle, bounds).await;
+            let is_surplus = || is_surplus(&pool, &key, id);
+            established.drive(idle, is_surplus, bounds).await;
             forget(&pool, &key, id);
             drop(permit);
         };
@@ -495,6 +505,22 @@ impl Tunnels {
     fn is_unused(&self) -> bool {
         self.open.is_empty() && self.flight.is_none()
     }
+}
+
+/// Whether the next stream has no need of this tunnel, which is idle. Of those that are all idle the oldest stays.
+fn is_surplus(pool: &Weak<Pool>, key: &TunnelKey, id: u64) -> bool {
+    let Some(pool) = pool.upgrade() else {
+        return false;
+    };
+    let limit = pool.options.streams_per_tunnel;
+    let keys = pool.keys.lock();
+    let Some(tunnels) = keys.get(key) else {
+        return false;
+    };
+    let mut others = tunnels.open.iter().filter(|other| other.id != id);
+    others.any(|other| {
+        other.fitness(limit) == Fitness::Good && (other.id < id || other.streams() > 0)
+    })
 }
 
 fn forget(pool: &Weak<Pool>, key: &TunnelKey, id: u64) {

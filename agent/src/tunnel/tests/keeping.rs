@@ -1,5 +1,7 @@
 //! Which tunnel a new connection gets.
 
+use tokio::time::Instant;
+
 use super::*;
 
 #[tokio::test]
@@ -45,6 +47,38 @@ async fn the_stream_limit_opens_another_tunnel_and_the_tunnel_limit_refuses() {
 
     drop(open.pop());
     assert!(client.open(&pod).await.is_ok());
+}
+
+#[tokio::test(start_paused = true)]
+async fn after_a_burst_one_tunnel_is_kept_and_not_as_many_as_it_needed() {
+    let mesh = Mesh::new();
+    let pod = Pod::new(&mesh, echo());
+    let options = PoolOptions {
+        streams_per_tunnel: 2,
+        ..PoolOptions::default()
+    };
+    let (surplus, alone) = (options.surplus, options.idle);
+    let client = Client::with(&mesh, options);
+    let mut open = Vec::new();
+    for _ in 0..6 {
+        open.push(client.open(&pod).await.unwrap());
+    }
+    assert_eq!((pod.dials(), client.pool.status().len()), (3, 3));
+
+    let closed = Instant::now();
+    drop(open);
+    while client.pool.status().len() > 1 {
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        assert!(closed.elapsed() < 2 * surplus);
+    }
+    assert!(closed.elapsed() >= surplus);
+    ping_pong(&mut client.open(&pod).await.unwrap()).await;
+    assert_eq!(pod.dials(), 3, "it takes the next connection");
+
+    tokio::time::sleep(alone - surplus).await;
+    assert_eq!(client.pool.status().len(), 1);
+    tokio::time::sleep(2 * surplus).await;
+    assert_eq!(client.pool.status().len(), 0);
 }
 
 #[tokio::test]
