@@ -1,6 +1,6 @@
 //! What only work needs goes back to the node when there is none: the code that was run, which Linux maps sixteen
-//! pages at a time and keeps, and buffers that wait for the next bytes. The allocator gives back by itself what was
-//! freed, within a second.
+//! pages at a time and keeps, buffers that wait for the next bytes, and the room of tables that were full. The allocator
+//! gives back by itself what was freed, within a second.
 //!
 //! Under traffic nothing is touched. What is needed again comes back with some two hundred page faults from the page
 //! cache, less than a millisecond in all; so it happens at most once for each [`WORTH`] of work.
@@ -15,7 +15,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::telemetry::{Labelled, Telemetry};
 use crate::workers::Workers;
-use crate::{capture, relay};
+use crate::{capture, relay, tunnel};
 
 /// How often it is looked.
 const LOOK: Duration = Duration::from_secs(1);
@@ -44,14 +44,16 @@ pub(super) async fn run(workers: Arc<Workers>, telemetry: Arc<Telemetry>, stop: 
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     while stop.run_until_cancelled(ticks.tick()).await.is_some() {
         if calm.look(Instant::now(), workers.busy()) == Look::Trim {
-            trim().await;
+            trim(&telemetry).await;
             trims.fetch_add(1, Ordering::Relaxed);
         }
     }
 }
 
-async fn trim() {
+async fn trim(telemetry: &Telemetry) {
+    telemetry.shrink();
     relay::free_buffers();
+    tunnel::free_buffers();
     match spawn_blocking(capture::forget_code).await {
         Ok(Ok(bytes)) => tracing::debug!(bytes, "code that was run is forgotten"),
         // It stays, which costs memory and nothing else.
@@ -178,7 +180,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_program_runs_on_after_it_was_trimmed() {
-        trim().await;
+        trim(&Telemetry::new()).await;
         assert_eq!("still there".len(), 11);
     }
 }

@@ -32,6 +32,7 @@ pub use pool::{Pool, PoolOptions, TunnelKey, Tunnelled};
 pub use server::{HBONE_PORT, Incoming, Side, TunnelService, serve, serve_with};
 pub use status::TunnelStatus;
 pub use stream::{TunnelReceive, TunnelSend};
+pub use tls::free_buffers;
 
 #[cfg(test)]
 mod tests;

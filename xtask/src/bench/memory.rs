@@ -11,24 +11,22 @@ use super::lines::Lines;
 use super::rows::{Figure, MEMORY_PROXIES, Proxy};
 use super::stage::{self, Stage};
 
-/// How many connections are held, and for how long memory may take to come back.
+/// How many connections are held.
 pub struct Extent {
     /// In growing steps.
     pub steps: &'static [usize],
-    pub given_back: Duration,
 }
+
+/// How long memory may take to come back.
+const GIVEN_BACK: Duration = Duration::from_secs(60);
 
 /// Where processes may have 20,000 descriptors, the agent lets one pod have 9,488 connections, tunnels
 /// included.
 pub const FULL: Extent = Extent {
     steps: &[1000, 9300],
-    given_back: Duration::from_secs(60),
 };
 
-pub const QUICK: Extent = Extent {
-    steps: &[1000],
-    given_back: Duration::from_secs(20),
-};
+pub const QUICK: Extent = Extent { steps: &[1000] };
 
 /// After the start: allocators keep what was freed for some seconds.
 const STARTED: Duration = Duration::from_secs(15);
@@ -63,7 +61,7 @@ pub fn run(
             }
         }
     }
-    wait::pause(extent.given_back)?;
+    wait::pause(GIVEN_BACK)?;
     let most = extent.steps.last().copied().unwrap_or(0);
     for (proxy, one) in held {
         let after = one.stage.resident_bytes()?;

@@ -20,6 +20,12 @@ const IDLE_BUFFERS: usize = 32;
 
 static IDLE: Mutex<Vec<Box<[u8]>>> = Mutex::new(Vec::new());
 
+/// Frees the buffers that wait for the next records.
+pub fn free_buffers() {
+    let idle = std::mem::take(&mut *IDLE.lock());
+    drop(idle);
+}
+
 /// The records of one direction. Nothing that waits for the peer holds a buffer: of a record that
 /// came in part, that part is kept.
 #[derive(Debug, Default)]

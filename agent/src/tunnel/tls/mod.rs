@@ -25,6 +25,7 @@ use rustls::{AlertDescription, ContentType, Error, InvalidMessage, PeerMisbehave
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 pub(super) use self::handshake::{accept, connect};
+pub use self::incoming::free_buffers;
 
 use self::incoming::Incoming;
 use self::outgoing::Outgoing;
