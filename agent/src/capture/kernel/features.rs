@@ -33,7 +33,7 @@ const REQUIRED: [Required; 14] = [
     },
     Required {
         name: "socket_storage",
-        reason: "notes on sockets outlive what an app does to their mark (kernel 5.2)",
+        reason: "the agent declares its sockets, and notes outlive what an app does to a mark (kernel 5.2)",
         helpers: &[107, 108],
     },
     Required {
