@@ -19,7 +19,7 @@ const IDLE_BUFFERS: usize = 32;
 
 static IDLE: Mutex<Vec<Box<[u8]>>> = Mutex::new(Vec::new());
 
-/// Frees the buffers that wait for the next records of any tunnel.
+/// Frees the buffers that wait for the next records.
 pub fn free_buffers() {
     let idle = std::mem::take(&mut *IDLE.lock());
     drop(idle);
