@@ -52,7 +52,7 @@ async fn a_request_for_new_keys_together_with_the_handshake_is_answered() {
     let (near, mut relay_near) = duplex(PIPE);
     let (mut relay_far, far) = duplex(PIPE);
     let (held, wait) = tokio::sync::oneshot::channel();
-    let talk = async {
+    let talk = Box::pin(async {
         let connector = TlsConnector::from(client.client.clone());
         let mut tls = connector.connect(name(), near).await.unwrap();
         tls.get_mut().1.refresh_traffic_keys().unwrap();
@@ -62,8 +62,8 @@ async fn a_request_for_new_keys_together_with_the_handshake_is_answered() {
         tls.read_exact(&mut answer).await.unwrap();
         assert_eq!(&answer, b"so are these");
         tls
-    };
-    let relay = async {
+    });
+    let relay = Box::pin(async {
         let mut bytes = vec![0; 64 * 1024];
         let length = relay_near.read(&mut bytes).await.unwrap();
         relay_far.write_all(&bytes[..length]).await.unwrap();
@@ -74,8 +74,8 @@ async fn a_request_for_new_keys_together_with_the_handshake_is_answered() {
         tokio::io::copy_bidirectional(&mut relay_near, &mut relay_far)
             .await
             .unwrap();
-    };
-    let serve = async {
+    });
+    let serve = Box::pin(async {
         let shaken = accept(server.server.clone(), far).await.unwrap();
         let mut stream = shaken.into_stream().unwrap();
         let mut got = [0; 14];
@@ -84,7 +84,7 @@ async fn a_request_for_new_keys_together_with_the_handshake_is_answered() {
         stream.write_all(b"so are these").await.unwrap();
         stream.flush().await.unwrap();
         stream
-    };
+    });
     within(async {
         tokio::select! {
             () = relay => unreachable!("it goes on"),
@@ -216,17 +216,17 @@ async fn refusal(
     client: ClientConfig,
 ) -> (io::Error, Option<io::Error>) {
     let (near, far) = duplex(PIPE);
-    let talk = async {
+    let talk = Box::pin(async {
         let mut tls = TlsConnector::from(Arc::new(client))
             .connect(name(), far)
             .await?;
         // In TLS 1.3 a client learns of it only now.
         tls.read_u8().await.map(|_| ())
-    };
-    let serve = async {
+    });
+    let serve = Box::pin(async {
         let error = accept(server.server.clone(), near).await.err();
         error.unwrap()
-    };
+    });
     let (served, talked) = within(async { tokio::join!(serve, talk) }).await;
     (served, talked.err())
 }
