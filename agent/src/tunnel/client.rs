@@ -17,10 +17,11 @@ use tokio_util::sync::CancellationToken;
 
 use super::error::{Stage, StreamReset, TunnelError};
 use super::headers::{self, ConnectRequest};
-use super::limits::{self, Limits};
+use super::limits::{self, Limits, STREAM_WINDOW};
 use super::liveness::{Liveness, Transport, Watched, silence};
 use super::peer::proven;
 use super::pool::{TunnelKey, Tunnelled};
+use super::room::TRY_AGAIN;
 use super::stream::{Stalled, halves};
 use super::tls::{self, TlsStream};
 use crate::identity::WorkloadCertificate;
@@ -188,20 +189,44 @@ impl<T: Transport> Established<T> {
             bounds.ping_interval,
             bounds.ping_timeout,
         );
-        tokio::select! {
-            end = &mut connection => match end {
-                Ok(()) => tracing::debug!("tunnel closed"),
-                Err(error) => tracing::debug!(%error, "tunnel lost"),
-            },
-            () = silent => {
-                tunnel.liveness.abort();
-                tracing::debug!(after = ?bounds.ping_timeout, "tunnel silent");
+        let retired = tunnel.retire_when_idle(idle);
+        let other_window = bounds
+            .room
+            .clone()
+            .other_than(STREAM_WINDOW, Duration::ZERO);
+        tokio::pin!(silent, retired, other_window);
+        let mut told = STREAM_WINDOW;
+        loop {
+            tokio::select! {
+                end = &mut connection => {
+                    match end {
+                        Ok(()) => tracing::debug!("tunnel closed"),
+                        Err(error) => tracing::debug!(%error, "tunnel lost"),
+                    }
+                    break;
+                }
+                () = &mut silent => {
+                    tunnel.liveness.abort();
+                    tracing::debug!(after = ?bounds.ping_timeout, "tunnel silent");
+                    break;
+                }
+                () = tunnel.abort.cancelled() => {
+                    tunnel.liveness.abort();
+                    tracing::debug!("tunnel aborted");
+                    break;
+                }
+                () = &mut retired => break,
+                window = &mut other_window => {
+                    let wait = match connection.set_initial_window_size(window) {
+                        Ok(()) => {
+                            told = window;
+                            Duration::ZERO
+                        }
+                        Err(_) => TRY_AGAIN,
+                    };
+                    other_window.set(bounds.room.clone().other_than(told, wait));
+                }
             }
-            () = tunnel.abort.cancelled() => {
-                tunnel.liveness.abort();
-                tracing::debug!("tunnel aborted");
-            }
-            () = tunnel.retire_when_idle(idle) => {}
         }
         tunnel.retire();
     }

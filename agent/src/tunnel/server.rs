@@ -19,9 +19,10 @@ use tokio_util::sync::CancellationToken;
 
 use super::error::{Refusal, Stage, StreamReset, TunnelError};
 use super::headers::{self, Forwarded, Hearsay};
-use super::limits::{self, Limits, MAX_STREAMS};
+use super::limits::{self, Limits, MAX_STREAMS, STREAM_WINDOW};
 use super::liveness::{Liveness, Transport, Watched, silence};
 use super::peer::proven;
+use super::room::TRY_AGAIN;
 use super::stream::{Stalled, TunnelReceive, TunnelSend, halves};
 use super::tls::{self, TlsStream};
 use crate::fairness;
@@ -179,6 +180,12 @@ impl<T: Transport> Served<T> {
         let silent = silence(pings, &liveness, bounds.ping_interval, bounds.ping_timeout);
         tokio::pin!(silent);
         let flooded = self.flooded.clone();
+        let other_window = bounds
+            .room
+            .clone()
+            .other_than(STREAM_WINDOW, Duration::ZERO);
+        tokio::pin!(other_window);
+        let mut told = STREAM_WINDOW;
         let mut draining = Drain::NotYet;
         let mut idle = IdleCheck::new(bounds.server_idle);
         loop {
@@ -208,6 +215,16 @@ impl<T: Transport> Served<T> {
                     // Open streams end as reset: the agent that serves them goes away.
                     self.connection.abrupt_shutdown(Reason::INTERNAL_ERROR);
                     draining = Drain::Over;
+                }
+                window = &mut other_window => {
+                    let wait = match self.connection.set_initial_window_size(window) {
+                        Ok(()) => {
+                            told = window;
+                            Duration::ZERO
+                        }
+                        Err(_) => TRY_AGAIN,
+                    };
+                    other_window.set(bounds.room.clone().other_than(told, wait));
                 }
                 () = sleep_until(idle.next), if draining == Drain::NotYet => {
                     if idle.is_over(self.is_idle()) {
