@@ -9,6 +9,7 @@ use arc_swap::ArcSwap;
 use clap::Args;
 use futures_util::future::BoxFuture;
 use thiserror::Error;
+use tokio::sync::watch;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
@@ -30,7 +31,7 @@ use crate::mesh::{MeshConfig, SharedSnapshot, Snapshot};
 use crate::outbound::{Clock, Destinations, Outbound, OutboundParts};
 use crate::resilience::BreakerBook;
 use crate::telemetry::{Logging, Telemetry, housekeep};
-use crate::tunnel::{Pool, PoolOptions};
+use crate::tunnel::{self, Pool, PoolOptions};
 use crate::workers::Workers;
 
 mod dispatch;
@@ -266,6 +267,7 @@ async fn live(
     let _ = dispatch.capture.set(Arc::downgrade(&capture));
 
     tokio::spawn(trim::run(trimmed, telemetry.clone(), background.clone()));
+    tokio::spawn(make_room(capture.shortage()));
     tokio::spawn(housekeep(
         telemetry.clone(),
         snapshot.clone(),
@@ -350,6 +352,13 @@ async fn live(
     }
     drop(successor);
     stopped(&options, &capture, &telemetry).await
+}
+
+/// Tunnels hold less while memory is short.
+async fn make_room(mut shortage: watch::Receiver<bool>) {
+    while shortage.changed().await.is_ok() {
+        tunnel::set_short_of_memory(*shortage.borrow_and_update());
+    }
 }
 
 /// Lets live connections end until the deadline. Those that are left are reset when their sockets

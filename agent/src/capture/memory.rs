@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use parking_lot::Mutex;
 use serde::Serialize;
+use tokio::sync::watch;
 use tokio::task::spawn_blocking;
 use tokio::time::{MissedTickBehavior, interval};
 use tokio_util::sync::CancellationToken;
@@ -158,10 +159,11 @@ impl Version {
     }
 }
 
-/// Looks until told to stop, and has the node shed while memory is short.
+/// Looks until told to stop, and has the node shed while memory is short, and others know of it.
 pub(super) async fn follow(
     share: Arc<NodeShare>,
     status: Arc<Mutex<MemoryStatus>>,
+    shortage: watch::Sender<bool>,
     stop: CancellationToken,
 ) {
     let mut ticks = interval(LOOK);
@@ -178,6 +180,7 @@ pub(super) async fn follow(
         };
         if was.shedding != now.shedding {
             share.set_short_of_memory(now.shedding);
+            shortage.send_replace(now.shedding);
             let (used, limit) = now
                 .usage
                 .map_or((0, 0), |now| (now.used_bytes, now.limit_bytes));

@@ -114,6 +114,7 @@ pub struct Capture {
     stop_pods: CancellationToken,
     last: ArcSwapOption<Snapshot>,
     memory: Arc<Mutex<MemoryStatus>>,
+    shortage: watch::Sender<bool>,
 }
 
 impl Capture {
@@ -175,6 +176,7 @@ impl Capture {
             stop_pods: CancellationToken::new(),
             last: ArcSwapOption::empty(),
             memory: Arc::default(),
+            shortage: watch::Sender::new(false),
         });
         let reconciler = Reconciler {
             node: options.node,
@@ -198,6 +200,7 @@ impl Capture {
         capture.tasks.spawn(memory::follow(
             capture.tools.share.clone(),
             capture.memory.clone(),
+            capture.shortage.clone(),
             capture.stop.clone(),
         ));
         capture.tasks.spawn(addresses::follow(
@@ -253,6 +256,11 @@ impl Capture {
     #[must_use]
     pub fn all_enrolled(&self) -> Vec<Arc<EnrolledPod>> {
         self.registry.all_enrolled()
+    }
+
+    /// Whether memory is short, from the first time that it is.
+    pub fn shortage(&self) -> watch::Receiver<bool> {
+        self.shortage.subscribe()
     }
 
     /// The memory that the agent uses and may use, at the last look.

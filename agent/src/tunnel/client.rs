@@ -201,20 +201,34 @@ impl<T: Transport> Established<T> {
             bounds.ping_interval,
             bounds.ping_timeout,
         );
-        tokio::select! {
-            end = &mut connection => match end {
-                Ok(()) => tracing::debug!("tunnel closed"),
-                Err(error) => tracing::debug!(%error, "tunnel lost"),
-            },
-            () = silent => {
-                tunnel.liveness.abort();
-                tracing::debug!(after = ?bounds.ping_timeout, "tunnel silent");
+        let retired = tunnel.retire_when_idle(idle, is_surplus);
+        let mut announced = bounds.room.announced();
+        tokio::pin!(silent, retired);
+        loop {
+            tokio::select! {
+                end = &mut connection => {
+                    match end {
+                        Ok(()) => tracing::debug!("tunnel closed"),
+                        Err(error) => tracing::debug!(%error, "tunnel lost"),
+                    }
+                    break;
+                }
+                () = &mut silent => {
+                    tunnel.liveness.abort();
+                    tracing::debug!(after = ?bounds.ping_timeout, "tunnel silent");
+                    break;
+                }
+                () = tunnel.abort.cancelled() => {
+                    tunnel.liveness.abort();
+                    tracing::debug!("tunnel aborted");
+                    break;
+                }
+                () = &mut retired => break,
+                window = announced.next() => {
+                    let taken = connection.set_initial_window_size(window);
+                    announced.settle(window, taken);
+                }
             }
-            () = tunnel.abort.cancelled() => {
-                tunnel.liveness.abort();
-                tracing::debug!("tunnel aborted");
-            }
-            () = tunnel.retire_when_idle(idle, is_surplus) => {}
         }
         tunnel.retire();
     }

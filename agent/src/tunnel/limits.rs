@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use super::room::Room;
+
 /// Receive window of one stream.
 ///
 /// Together with [`MAX_STREAMS`] it decides whether a stalled stream can stop its neighbours:
@@ -13,6 +15,9 @@ use std::time::Duration;
 /// half as much again with 2 MiB, and a fifth more with 1 MiB. A reader that stands still holds as much, in
 /// its agent, as the kernel lets its socket hold in either direction (`tcp_rmem`, `tcp_wmem`: 4 to 6 MiB).
 pub(super) const STREAM_WINDOW: u32 = 2 * 1024 * 1024;
+
+/// The same while the agent is short of memory: a frame of a careful peer, and no more.
+pub(super) const SHORT_WINDOW: u32 = 64 * 1024;
 
 /// Streams that a peer may have open in one tunnel. ztunnel's client uses 100.
 pub(super) const MAX_STREAMS: u32 = 128;
@@ -61,7 +66,7 @@ const LOCAL_ERROR_RESETS: usize = 1024;
 /// (100 in a row) and CONTINUATION (as many as the header list needs) have h2's own limits.
 const SMALL_FRAMES: usize = (TUNNEL_WINDOW / 2) as usize;
 
-/// Time bounds of tunnels. The defaults are ztunnel's where it has one.
+/// Bounds of tunnels in time, and in what streams hold. The defaults are ztunnel's where it has one.
 #[derive(Debug, Clone)]
 pub struct Limits {
     /// For the TCP connection. The dialler may have a shorter bound of its own. Default 10 s.
@@ -85,6 +90,8 @@ pub struct Limits {
     pub server_idle: Duration,
     /// Streams that are open at a drain may go on for this long. Default 30 s.
     pub drain: Duration,
+    /// What streams may hold unread. Default that of the process.
+    pub room: Room,
 }
 
 impl Default for Limits {
@@ -99,6 +106,7 @@ impl Default for Limits {
             ping_timeout: Duration::from_secs(20),
             server_idle: Duration::from_secs(600),
             drain: Duration::from_secs(30),
+            room: Room::default(),
         }
     }
 }

@@ -179,6 +179,7 @@ impl<T: Transport> Served<T> {
         let silent = silence(pings, &liveness, bounds.ping_interval, bounds.ping_timeout);
         tokio::pin!(silent);
         let flooded = self.flooded.clone();
+        let mut announced = bounds.room.announced();
         let mut draining = Drain::NotYet;
         let mut idle = IdleCheck::new(bounds.server_idle);
         loop {
@@ -208,6 +209,10 @@ impl<T: Transport> Served<T> {
                     // Open streams end as reset: the agent that serves them goes away.
                     self.connection.abrupt_shutdown(Reason::INTERNAL_ERROR);
                     draining = Drain::Over;
+                }
+                window = announced.next() => {
+                    let taken = self.connection.set_initial_window_size(window);
+                    announced.settle(window, taken);
                 }
                 () = sleep_until(idle.next), if draining == Drain::NotYet => {
                     if idle.is_over(self.is_idle()) {

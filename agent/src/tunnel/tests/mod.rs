@@ -2,6 +2,7 @@
 
 mod keeping;
 mod reading;
+mod room;
 mod serving;
 mod streams;
 
