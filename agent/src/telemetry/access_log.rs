@@ -2,9 +2,10 @@
 
 use std::fmt::{self, Write};
 
-use super::FailureReason;
 use super::history::Ended;
 use super::line::Line;
+use super::{FailureReason, Party};
+use crate::mesh::ObjectName;
 
 /// Target of the log lines, to filter on: `access=off` silences them.
 pub const TARGET: &str = "access";
@@ -25,32 +26,12 @@ impl fmt::Debug for Closed<'_> {
         let ended = self.0;
         let info = &ended.info;
         let (source, destination) = (&info.source, &info.destination);
-        let service = info.service.as_ref();
         Line::write(out, "connection closed", |line| {
             line.number("id", Some(ended.id))
-                .text("direction", Some(info.direction.as_str()))
-                .text("source_workload", source.workload())
-                .text("source_workload_namespace", source.namespace())
-                .text("source_version", source.version())
-                .shown("source_pod", source.pod())
-                .text("source_service_account", source.service_account())
-                .shown("source_principal", source.identity())
-                .shown("source_address", Some(&source.address))
-                .text("destination_workload", destination.workload())
-                .text("destination_workload_namespace", destination.namespace())
-                .text("destination_version", destination.version())
-                .shown("destination_pod", destination.pod())
+                .text("direction", Some(info.direction.as_str()));
+            ends(line, source, destination, info.service.as_ref());
+            line.text("source_service_account", source.service_account())
                 .text("destination_service_account", destination.service_account())
-                .shown("destination_principal", destination.identity())
-                .shown("destination_address", Some(&destination.address))
-                .text(
-                    "destination_service_name",
-                    service.map(|service| &*service.name),
-                )
-                .text(
-                    "destination_service_namespace",
-                    service.map(|service| &*service.namespace),
-                )
                 .shown("original_destination", Some(&info.original_destination))
                 .text("connection_security_policy", Some(info.security.as_str()))
                 .number("sent_bytes", Some(ended.moved.sent))
@@ -62,6 +43,35 @@ impl fmt::Debug for Closed<'_> {
                 .text("detail", ended.detail.as_deref());
         })
     }
+}
+
+/// Who talks to whom, and what was asked for.
+pub(super) fn ends(
+    line: &mut Line<'_, '_>,
+    source: &Party,
+    destination: &Party,
+    service: Option<&ObjectName>,
+) {
+    line.text("source_workload", source.workload())
+        .text("source_workload_namespace", source.namespace())
+        .text("source_version", source.version())
+        .shown("source_pod", source.pod())
+        .shown("source_principal", source.identity())
+        .shown("source_address", Some(&source.address))
+        .text("destination_workload", destination.workload())
+        .text("destination_workload_namespace", destination.namespace())
+        .text("destination_version", destination.version())
+        .shown("destination_pod", destination.pod())
+        .shown("destination_principal", destination.identity())
+        .shown("destination_address", Some(&destination.address))
+        .text(
+            "destination_service_name",
+            service.map(|service| &*service.name),
+        )
+        .text(
+            "destination_service_namespace",
+            service.map(|service| &*service.namespace),
+        );
 }
 
 /// An explanation, cut at the limit.

@@ -7,6 +7,7 @@ use super::record::{RequestRecord, Times};
 use super::requester::{Requester, Scope};
 use super::{AttemptView, RequestEnd, ResponseFlag};
 use crate::telemetry::ACCESS_LOG_TARGET;
+use crate::telemetry::access_log::ends;
 use crate::telemetry::line::Line;
 
 /// How much of a path or a host is written, in bytes.
@@ -45,7 +46,7 @@ impl fmt::Debug for Ended<'_> {
         Line::write(out, "request ended", |line| {
             line.number("connection", Some(requester.connection))
                 .text("request_id", info.request_id.as_deref().map(bounded))
-                .common(&scope.line, |line| ends(line, requester, scope))
+                .common(&scope.line, |line| common(line, requester, scope))
                 .text("request_protocol", Some(info.protocol.as_str()))
                 .text("method", Some(bounded(info.method.as_str())))
                 .text("host", info.host.as_deref().map(bounded))
@@ -76,31 +77,11 @@ impl fmt::Debug for Ended<'_> {
 }
 
 /// Who asked whom for what: the same for all requests of a scope.
-fn ends(line: &mut Line<'_, '_>, requester: &Requester, scope: &Scope) {
-    let (source, destination) = (&requester.source, &scope.destination);
+fn common(line: &mut Line<'_, '_>, requester: &Requester, scope: &Scope) {
+    line.text("direction", Some(requester.direction.as_str()));
     let service = scope.service.as_ref();
-    line.text("direction", Some(requester.direction.as_str()))
-        .text("source_workload", source.workload())
-        .text("source_workload_namespace", source.namespace())
-        .text("source_version", source.version())
-        .shown("source_pod", source.pod())
-        .shown("source_principal", source.identity())
-        .shown("source_address", Some(&source.address))
-        .text("destination_workload", destination.workload())
-        .text("destination_workload_namespace", destination.namespace())
-        .text("destination_version", destination.version())
-        .shown("destination_pod", destination.pod())
-        .shown("destination_principal", destination.identity())
-        .shown("destination_address", Some(&destination.address))
-        .text(
-            "destination_service_name",
-            service.map(|service| &*service.name),
-        )
-        .text(
-            "destination_service_namespace",
-            service.map(|service| &*service.namespace),
-        )
-        .text("route", scope.route.as_deref())
+    ends(line, &requester.source, &scope.destination, service);
+    line.text("route", scope.route.as_deref())
         .text("connection_security_policy", Some(scope.security.as_str()));
 }
 
