@@ -2,7 +2,7 @@
 
 use std::future::{Future, pending};
 use std::pin::Pin;
-use std::sync::{Arc, LazyLock};
+use std::sync::LazyLock;
 use std::time::Duration;
 
 use tokio::sync::watch;
@@ -17,7 +17,7 @@ static OF_PROCESS: LazyLock<Room> = LazyLock::new(Room::new);
 
 /// The window of each stream that tunnels announce, for all that have a clone of it.
 #[derive(Debug, Clone)]
-pub struct Room(Arc<watch::Sender<u32>>);
+pub struct Room(watch::Sender<u32>);
 
 /// Tells all tunnels of the process that memory is short, or is not any more: see [`Room::set_short`].
 pub fn set_short_of_memory(is_short: bool) {
@@ -28,7 +28,7 @@ impl Room {
     /// With plenty.
     #[must_use]
     pub fn new() -> Self {
-        Self(Arc::new(watch::Sender::new(STREAM_WINDOW)))
+        Self(watch::Sender::new(STREAM_WINDOW))
     }
 
     /// While there is not enough, no stream may have more than 64 KiB unread instead of 2 MiB (RFC 9113 section 6.9.2).

@@ -47,11 +47,18 @@ struct Measuring {
     latencies: Latencies,
     /// Of an open loop: due in the window, and not answered yet.
     outstanding: u64,
+    /// Of an open loop: until when it is known what was due.
+    known: Option<Instant>,
 }
 
 impl Measuring {
     fn in_window(&self, at: Instant) -> bool {
         self.from.is_some_and(|from| at >= from) && self.until.is_none_or(|until| at < until)
+    }
+
+    /// Of an open loop: whether all that was due in the window is known and answered.
+    fn is_over(&self) -> bool {
+        self.known >= self.until && self.outstanding == 0
     }
 }
 
@@ -68,6 +75,7 @@ pub async fn run(options: LoadOptions) -> Result<()> {
             report: LoadReport::default(),
             latencies: Latencies::new()?,
             outstanding: 0,
+            known: None,
         }),
         due: RefCell::default(),
         waiting: Semaphore::new(0),
@@ -101,8 +109,10 @@ async fn load(shared: Rc<Shared>) -> Result<()> {
     let after = shared.look()?;
     shared.measuring.borrow_mut().until = Some(after.at);
     let grace = Instant::now() + GRACE;
-    while shared.measuring.borrow().outstanding > 0 && Instant::now() < grace {
-        tokio::time::sleep(Duration::from_millis(5)).await;
+    if shared.options.rate.is_some() {
+        while !shared.measuring.borrow().is_over() && Instant::now() < grace {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
     }
     let mut measuring = shared.measuring.borrow_mut();
     for _ in 0..measuring.outstanding {
@@ -167,6 +177,7 @@ impl Shared {
             queue.push_back(at);
             self.waiting.add_permits(1);
         }
+        measuring.known = due.last().copied().or(measuring.known);
     }
 
     /// Of a closed loop: counts if it ended in the window.

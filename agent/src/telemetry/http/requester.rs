@@ -36,8 +36,6 @@ pub(super) struct Scope {
     pub route: Option<Arc<str>>,
     pub destination: Party,
     pub security: Security,
-    /// Kept for its address, which is in the key.
-    _workload: Option<Arc<Workload>>,
     pub labels: ScopeLabels,
     pub series: Arc<Tracked<ScopeSeries>>,
     pub route_scope: RouteScope,
@@ -46,8 +44,8 @@ pub(super) struct Scope {
     pub line: Common,
 }
 
-/// By address of the texts, which the scope keeps alive: comparing them would cost more than it
-/// saves.
+/// By address of the texts and of the workload, which the scope keeps alive: comparing them would cost more
+/// than it saves.
 #[derive(Clone, Copy, PartialEq, Eq)]
 struct ScopeKey {
     service: Option<(usize, usize)>,
@@ -174,7 +172,6 @@ impl Requester {
             route: route.cloned(),
             destination,
             security,
-            _workload: endpoint.and_then(|endpoint| endpoint.workload.cloned()),
             series: http.scopes.get(&labels),
             labels,
             route_series: http.routes.get(&route_scope),

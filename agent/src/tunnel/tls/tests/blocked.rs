@@ -62,17 +62,8 @@ async fn a_peer_that_does_not_read_stops_the_writer() {
 
 #[tokio::test]
 async fn records_pass_through_a_socket_that_takes_and_gives_a_few_bytes_at_a_time() {
-    let (client, server) = certificates();
     for at_once in [1, 2, 3, 5, 21, 1000] {
-        let (near, far) = duplex(PIPE);
-        let (ours, theirs) = within(async {
-            tokio::join!(
-                connect(client.client.clone(), name(), Drip::new(near, at_once)),
-                TlsAcceptor::from(server.server.clone()).accept(far)
-            )
-        })
-        .await;
-        let (mut ours, mut theirs) = (ours.unwrap().into_stream().unwrap(), theirs.unwrap());
+        let (mut ours, mut theirs) = to_their_server_in_drips(at_once).await;
         for length in [1, 2, 700, 20_000] {
             let bytes = pattern(length);
             carries(&mut ours, &mut theirs, &bytes).await;

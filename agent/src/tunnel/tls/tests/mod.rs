@@ -18,6 +18,7 @@ use rustls::{ClientConfig, ServerConfig};
 use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex};
 use tokio_rustls::{TlsAcceptor, TlsConnector};
 
+use self::drip::Drip;
 use super::handshake::Shaken;
 use super::records::{HEAD, MAX_PLAIN};
 use super::*;
@@ -45,15 +46,31 @@ async fn to_their_server(
     client: Arc<ClientConfig>,
     server: Arc<ServerConfig>,
 ) -> (Ours, TheirServer) {
+    to_their_server_by(|near| near, client, server).await
+}
+
+/// The same, by another transport at our end.
+async fn to_their_server_by<T: AsyncRead + AsyncWrite + Unpin>(
+    transport: impl FnOnce(DuplexStream) -> T,
+    client: Arc<ClientConfig>,
+    server: Arc<ServerConfig>,
+) -> (TlsStream<T>, TheirServer) {
     let (near, far) = duplex(PIPE);
     let (ours, theirs) = within(async {
         tokio::join!(
-            connect(client, name(), near),
+            connect(client, name(), transport(near)),
             TlsAcceptor::from(server).accept(far)
         )
     })
     .await;
     (ours.unwrap().into_stream().unwrap(), theirs.unwrap())
+}
+
+/// The same, a few bytes at a time.
+async fn to_their_server_in_drips(at_once: usize) -> (TlsStream<Drip<DuplexStream>>, TheirServer) {
+    let (client, server) = certificates();
+    let drip = |near| Drip::new(near, at_once);
+    to_their_server_by(drip, client.client.clone(), server.server.clone()).await
 }
 
 async fn to_their_client() -> (Ours, TheirClient) {

@@ -98,16 +98,8 @@ async fn a_request_for_new_keys_together_with_the_handshake_is_answered() {
 async fn a_handshake_succeeds_however_its_bytes_are_cut() {
     let (client, server) = certificates();
     for at_once in [1, 2, 3, 4, 5, 6, 7, 64, 1000] {
-        let (near, far) = duplex(PIPE);
-        let (ours, theirs) = within(async {
-            tokio::join!(
-                connect(client.client.clone(), name(), Drip::new(near, at_once)),
-                TlsAcceptor::from(server.server.clone()).accept(far)
-            )
-        })
-        .await;
-        let mut ours = ours.unwrap().into_stream().unwrap();
-        carries(&mut ours, &mut theirs.unwrap(), b"to a server").await;
+        let (mut ours, mut theirs) = to_their_server_in_drips(at_once).await;
+        carries(&mut ours, &mut theirs, b"to a server").await;
 
         let (near, far) = duplex(PIPE);
         let (ours, theirs) = within(async {
