@@ -201,7 +201,7 @@ async fn live(
         .runtimes()
         .map(|worker| {
             let _on = worker.enter();
-            Fairness::start(MachineClock::default(), background.clone())
+            Fairness::start(MachineClock, background.clone())
         })
         .collect();
     let trimmed = workers.clone();

@@ -5,6 +5,7 @@ mod clock;
 mod current;
 mod ledger;
 mod living;
+mod meter;
 mod quota;
 mod shares;
 mod turns;

@@ -45,7 +45,7 @@ pub struct Fairness {
     clock: Box<dyn Clock>,
     pods: Living<u64, Pod>,
     next_share: AtomicU64,
-    /// Whose task ran last.
+    /// Whose task ran last, as long as only one's have run since the last look.
     last: AtomicU64,
     /// Whether tasks of different shares ran since the last look.
     switched: AtomicBool,
@@ -115,15 +115,17 @@ impl Fairness {
     }
 
     fn look(&self) {
+        self.last.store(NOBODY, Ordering::Relaxed);
         let switched = self.switched.swap(false, Ordering::Relaxed);
         self.contended.store(switched, Ordering::Relaxed);
     }
 
     /// A task of this share is about to run. Whether shares have to take turns.
     fn enter(&self, share: u64) -> bool {
-        if self.last.load(Ordering::Relaxed) != share {
+        // Where shares do take turns, workers do not take this line of memory from each other at each of them.
+        if !self.switched.load(Ordering::Relaxed) && self.last.load(Ordering::Relaxed) != share {
             let before = self.last.swap(share, Ordering::Relaxed);
-            if before != NOBODY && !self.switched.load(Ordering::Relaxed) {
+            if before != NOBODY {
                 self.switched.store(true, Ordering::Relaxed);
                 self.contended.store(true, Ordering::Relaxed);
             }

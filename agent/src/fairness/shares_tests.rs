@@ -15,8 +15,12 @@ impl Clock for Simulated {
         Duration::from_micros(self.0.load(Ordering::Relaxed))
     }
 
-    fn used(&self) -> Duration {
+    fn begin(&self) -> Duration {
         self.now()
+    }
+
+    fn took(&self, began: Duration) -> Duration {
+        self.now() - began
     }
 }
 

@@ -82,13 +82,13 @@ impl<F: Future> Future for Turns<F> {
                 return Poll::Pending;
             }
         }
-        let before = share.clock().used();
+        let began = share.clock().begin();
         let outcome = {
             let _running = Running::begin(this.share);
             this.task.poll(cx)
         };
         if let Some(share) = this.share {
-            share.charge(share.clock().used().saturating_sub(before));
+            share.charge(share.clock().took(began));
         }
         outcome
     }
