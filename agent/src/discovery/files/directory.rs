@@ -66,6 +66,13 @@ struct Batch {
     refusals: Vec<Rejection>,
 }
 
+impl Batch {
+    /// As it nearly always is.
+    fn is_empty(&self) -> bool {
+        self.puts.is_empty() && self.released.is_empty() && self.refusals.is_empty()
+    }
+}
+
 impl Directory {
     pub(super) fn new(path: PathBuf, node: &str, limits: Limits) -> Self {
         Self {
@@ -132,6 +139,9 @@ impl Directory {
             .map(|(name, _)| name.clone())
             .collect();
         let next = self.take(changed, &mut batch);
+        if batch.is_empty() {
+            return (Outcome::Unchanged, next);
+        }
         // Files that had an object twice may have it now that it is free.
         let heirs: Vec<String> = self
             .files
