@@ -278,46 +278,83 @@ fn cookie(socket: BorrowedFd<'_>, option: libc::c_int) -> io::Result<u64> {
     Ok(cookie)
 }
 
-/// Takes the program's own code out of the process's resident memory; what is run again comes back
-/// page by page from the page cache. Returns how many bytes were mapped as such.
+/// Takes code and constants, the program's and its libraries', out of the process's resident memory; what is
+/// needed again comes back page by page from the page cache. Returns how many bytes were resident of them.
 ///
 /// For moments at which nothing runs: what start runs is a large part of the code and never runs again, and Linux
 /// maps with each page that is run up to fifteen others around it (`fault_around_bytes`).
 pub fn forget_code() -> io::Result<usize> {
-    let program = std::fs::read_link("/proc/self/exe")?;
-    let maps = std::fs::read_to_string("/proc/self/maps")?;
     let mut forgotten = 0;
-    for line in maps.lines() {
-        let Some(range) = code_of(line, &program) else {
-            continue;
-        };
-        // SAFETY: the kernel said that these are pages of the running program's file, mapped private
-        // and neither written nor writable, so that the file has the same bytes for whoever touches
-        // them next; and a file that is being run cannot be written (ETXTBSY).
+    for mapping in unwritten(&std::fs::read_to_string("/proc/self/smaps")?) {
+        // SAFETY: the kernel said that these are pages of a file, mapped private and not writable, of which not one
+        // was ever written (as relocations and a debugger's breakpoints are), in memory or swapped out. So whoever
+        // touches them next finds the same bytes, read from the file that the mapping holds, as after the kernel
+        // itself had evicted them.
         let result = unsafe {
             libc::madvise(
-                std::ptr::with_exposed_provenance_mut(range.start),
-                range.len(),
+                std::ptr::with_exposed_provenance_mut(mapping.range.start),
+                mapping.range.len(),
                 libc::MADV_DONTNEED,
             )
         };
         if result != 0 {
             return Err(io::Error::last_os_error());
         }
-        forgotten += range.len();
+        forgotten += mapping.resident_bytes;
     }
     Ok(forgotten)
 }
 
-/// The addresses of a line of `/proc/PID/maps` (proc(5)), if it is the code of this file. A file that
-/// was replaced is shown as deleted, and is another one then.
-fn code_of(line: &str, program: &Path) -> Option<std::ops::Range<usize>> {
+/// A part of a file in memory.
+#[derive(Debug, PartialEq, Eq)]
+struct Mapping {
+    range: std::ops::Range<usize>,
+    resident_bytes: usize,
+}
+
+/// Those mappings of files that cannot be written, and of which no page was, by what `/proc/PID/smaps` says (proc(5)).
+/// One of which it does not say so counts as written.
+fn unwritten(smaps: &str) -> Vec<Mapping> {
+    let mut mappings = Vec::new();
+    let mut lines = smaps.lines().peekable();
+    while let Some(line) = lines.next() {
+        let Some(range) = of_file(line) else {
+            continue;
+        };
+        let (mut resident_bytes, mut anonymous, mut swapped) = (0, None, None);
+        while let Some((name, rest)) = lines.peek().and_then(|line| line.split_once(':')) {
+            // The head of the next mapping has its first colon behind a space.
+            if name.contains(' ') {
+                break;
+            }
+            let kib = rest.trim().strip_suffix(" kB");
+            let kib = kib.and_then(|number| number.parse::<usize>().ok());
+            match name {
+                "Rss" => resident_bytes = kib.unwrap_or(0) * 1024,
+                "Anonymous" => anonymous = kib,
+                "Swap" => swapped = kib,
+                _ => {}
+            }
+            lines.next();
+        }
+        if (anonymous, swapped) == (Some(0), Some(0)) && resident_bytes > 0 {
+            mappings.push(Mapping {
+                range,
+                resident_bytes,
+            });
+        }
+    }
+    mappings
+}
+
+/// The addresses that such a line is the head of, if they are a file's that cannot be written there.
+fn of_file(line: &str) -> Option<std::ops::Range<usize>> {
     let mut fields = line.splitn(6, ' ').map(str::trim);
     let (start, end) = fields.next()?.split_once('-')?;
-    let is_code = fields.next()? == "r-xp";
-    let is_program = Path::new(fields.nth(3)?) == program;
+    let is_readable = matches!(fields.next()?, "r-xp" | "r--p");
+    let is_file = fields.nth(3)?.starts_with('/');
     let address = |text| usize::from_str_radix(text, 16).ok();
-    (is_code && is_program).then_some(address(start)?..address(end)?)
+    (is_readable && is_file).then_some(address(start)?..address(end)?)
 }
 
 /// A listening socket's queue of connections that wait to be accepted.
@@ -402,20 +439,42 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_code_of_the_program_itself_is_taken_for_its_code() {
-        let program = Path::new("/opt/the agent");
-        let code = |line| code_of(line, program);
-        let own = "55d0c000-55d0f000 r-xp 00008000 fe:00 4711    /opt/the agent";
-        assert_eq!(code(own), Some(0x55d0_c000..0x55d0_f000));
+    fn only_pages_of_files_that_nobody_wrote_are_forgotten() {
+        let found = |head: &str, anonymous: u32, swap: u32| {
+            let smaps = format!(
+                "{head}\nSize: 12 kB\nRss: 8 kB\nAnonymous: {anonymous} kB\nSwap: {swap} kB\nVmFlags: rd ex\n\
+                 7f00-8000 rw-p 00000000 00:00 0 \nRss: 4 kB\nAnonymous: 4 kB\nSwap: 0 kB\n"
+            );
+            unwritten(&smaps)
+        };
+        let code = "55d0c000-55d0f000 r-xp 00008000 fe:00 4711    /opt/the agent: 2";
+        let own = Mapping {
+            range: 0x55d0_c000..0x55d0_f000,
+            resident_bytes: 8192,
+        };
+        assert_eq!(found(code, 0, 0), [own]);
+        for sound in [
+            "55d0c000-55d0f000 r--p 00000000 fe:00 4711 /opt/agent",
+            "55d0c000-55d0f000 r-xp 00000000 fe:00 4712 /lib/libc.so.6",
+            "55d0c000-55d0f000 r-xp 00000000 fe:00 4711 /opt/agent (deleted)",
+        ] {
+            assert_eq!(found(sound, 0, 0).len(), 1, "{sound}");
+        }
+        // Relocated, or with a breakpoint; and the same, swapped out.
+        assert_eq!(found(code, 4, 0), []);
+        assert_eq!(found(code, 0, 4), []);
         for other in [
-            "55d0c000-55d0f000 r--p 00008000 fe:00 4711    /opt/the agent",
-            "55d0c000-55d0f000 r-xp 00008000 fe:00 4712    /lib/libc.so.6",
-            "55d0c000-55d0f000 r-xp 00008000 fe:00 4712    /opt/the agent (deleted)",
+            "55d0c000-55d0f000 rw-p 00000000 fe:00 4711 /opt/agent",
+            "55d0c000-55d0f000 r--s 00000000 fe:00 4711 /opt/agent",
+            "55d0c000-55d0f000 ---p 00000000 fe:00 4711 /opt/agent",
             "55d0c000-55d0f000 r-xp 00000000 00:00 0",
+            "55d0c000-55d0f000 r-xp 00000000 00:00 0 [vdso]",
             "",
         ] {
-            assert_eq!(code(other), None, "{other}");
+            assert_eq!(found(other, 0, 0), [], "{other}");
         }
+        let silent = format!("{code}\nRss: 8 kB\n");
+        assert_eq!(unwritten(&silent), [], "of which nothing is said");
     }
 
     #[test]
