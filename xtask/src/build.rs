@@ -15,13 +15,19 @@ const PROGRAM: &str = "undermesh-ebpf";
 /// What to build.
 #[derive(Args, Default)]
 pub struct Options {
-    /// Only the kernel programs.
-    #[arg(long)]
+    /// Only the kernel programs, which always are optimised.
+    #[arg(long, conflicts_with_all = ["release", "dist"])]
     pub ebpf_only: bool,
-    /// The agent with optimisation, as it is shipped. The kernel programs always are optimised.
-    #[arg(long)]
+    /// The agent with optimisation.
+    #[arg(long, conflicts_with = "dist")]
     pub release: bool,
+    /// The agent as it is shipped: optimised as one program with all libraries, which takes twice as long.
+    #[arg(long)]
+    pub dist: bool,
 }
+
+/// The cargo profile of what is shipped.
+pub const DIST: &str = "dist";
 
 /// The kernel programs come twice: as they are shipped, and with the verdicts in the agent's log,
 /// for its debug builds.
@@ -45,7 +51,9 @@ pub fn run(options: &Options) -> Result<()> {
     cargo
         .current_dir(&workspace)
         .args(["build", "--package", "undermesh"]);
-    if options.release {
+    if options.dist {
+        cargo.args(["--profile", DIST]);
+    } else if options.release {
         cargo.arg("--release");
     }
     execute(&mut cargo)

@@ -86,7 +86,7 @@ pub fn run(options: &Options) -> Result<ExitCode> {
 pub fn check(target: Option<&str>, seconds: u32) -> Result<()> {
     build::run(&build::Options {
         ebpf_only: true,
-        release: false,
+        ..build::Options::default()
     })?;
     let directory = target_directory();
     let mut cargo = programs::cargo();

@@ -3,7 +3,7 @@
 use serde_json::{Map, Value, json};
 use undermesh_lab::load::{LoadKind, LoadReport};
 
-use super::rows::{Figure, MEMORY, Path, Proxy, Row};
+use super::rows::{CAPTURE, Figure, MEMORY, Path, Proxy, Row};
 
 /// One figure of one load by one proxy.
 #[derive(Debug, Clone)]
@@ -172,6 +172,20 @@ impl Lines {
     pub fn lost(&mut self, row: &Row, proxy: Proxy, reason: &str) {
         let line = self.entry(Line::new(row, proxy, main_figure(row)));
         line.not_run.get_or_insert_with(|| reason.to_owned());
+    }
+
+    pub fn add_capture(
+        &mut self,
+        proxy: Proxy,
+        operations: u64,
+        errors: u64,
+        figure: Figure,
+        value: f64,
+    ) {
+        let line = self.entry(Line::new(&CAPTURE, proxy, figure));
+        line.values.push(value);
+        line.operations += operations;
+        line.errors += errors;
     }
 
     pub fn add_memory(&mut self, proxy: Proxy, connections: usize, figure: Figure, value: f64) {

@@ -28,8 +28,8 @@ pub const FULL: Extent = Extent {
 
 pub const QUICK: Extent = Extent { steps: &[1000] };
 
-/// After the start: allocators keep what was freed for some seconds.
-const STARTED: Duration = Duration::from_secs(15);
+/// After the start: what start needed is given back by then, and everything that runs now and then has run.
+const STARTED: Duration = Duration::from_secs(60);
 /// Connections that are open before those of which the cost is measured: the first of all have code come into memory
 /// that all the others share.
 const WARM: usize = 100;
@@ -50,10 +50,21 @@ pub fn run(
     extent: &Extent,
     takes: impl Fn(Proxy) -> bool,
 ) -> Result<()> {
-    let mut held = Vec::new();
+    let mut started = Vec::new();
     let all = MEMORY_PROXIES.iter().chain(&[Proxy::Former]).copied();
     for proxy in all.filter(|&proxy| takes(proxy) && builds.has(proxy)) {
-        match hold(lines, proxy, builds, extent) {
+        match start(proxy, builds) {
+            Ok(stage) => started.push((proxy, stage)),
+            Err(error) => {
+                undermesh_lab::interrupt::check()?;
+                lines.lost_memory(proxy, &format!("{error:#}"));
+            }
+        }
+    }
+    wait::pause(STARTED)?;
+    let mut held = Vec::new();
+    for (proxy, stage) in started {
+        match hold(lines, proxy, stage, extent) {
             Ok(one) => held.push((proxy, one)),
             Err(error) => {
                 undermesh_lab::interrupt::check()?;
@@ -77,10 +88,13 @@ pub fn run(
     Ok(())
 }
 
-fn hold(lines: &mut Lines, proxy: Proxy, builds: &Builds, extent: &Extent) -> Result<Held> {
+fn start(proxy: Proxy, builds: &Builds) -> Result<Stage> {
     let stage = builds.stage(proxy, "m")?;
     stage.warm()?;
-    wait::pause(STARTED)?;
+    Ok(stage)
+}
+
+fn hold(lines: &mut Lines, proxy: Proxy, stage: Stage, extent: &Extent) -> Result<Held> {
     let before = stage.resident_bytes()?;
     lines.add_memory(proxy, 0, Figure::Resident(0), mib(before));
     println!("  {:<12} {:>8.1} MiB", proxy.name(), mib(before));

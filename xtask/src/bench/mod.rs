@@ -3,12 +3,14 @@
 // The same pictures as the simulation's, without all that it is built of.
 #[path = "../../../simulate/src/canvas.rs"]
 mod canvas;
+mod capture;
 mod instructions;
 mod lines;
 mod memory;
 mod plots;
 mod ratios;
 mod rows;
+mod settings;
 mod stage;
 mod targets;
 mod written;
@@ -27,8 +29,9 @@ use undermesh_lab::{Binaries, interrupt, machine};
 
 use self::lines::{Lines, main_figure};
 use self::ratios::Ratio;
-use self::rows::{Layer, MEMORY, Proxy, ROWS, Row};
-use self::stage::{CubicAllowed, Stage};
+use self::rows::{CAPTURE, Layer, MEMORY, Proxy, ROWS, Row};
+use self::settings::Settings;
+use self::stage::Stage;
 use crate::report::{self, Checks};
 use crate::{build, programs};
 
@@ -128,8 +131,8 @@ pub fn run(options: &Options) -> Result<ExitCode> {
         "client and server need a processor each"
     );
     let start = Instant::now();
-    let binaries = programs::build()?;
-    let _cubic = CubicAllowed::take()?;
+    let binaries = programs::build_dist()?;
+    let _settings = Settings::take()?;
     let envoy = Envoy::find_or_install(&build::workspace().join("target/envoy"));
     let envoy = envoy.map_err(|error| format!("{error:#}"));
     let mut lines = Lines::default();
@@ -139,6 +142,15 @@ pub fn run(options: &Options) -> Result<ExitCode> {
         envoy,
     };
     measure(options, &mut lines, &builds)?;
+    if options.chosen(CAPTURE.id) {
+        println!("{}: {}", CAPTURE.id, CAPTURE.about);
+        let extent = if options.quick {
+            &capture::QUICK
+        } else {
+            &capture::FULL
+        };
+        capture::run(&mut lines, &builds, extent, |proxy| options.takes(proxy))?;
+    }
     if options.chosen(MEMORY) {
         println!("{MEMORY}: idle connections, cross-node");
         let extent = if options.quick {

@@ -224,6 +224,14 @@ pub const ROWS: [Row; 18] = [
     within(row("http-opaque", HTTP, LoadKind::Http, 64)),
 ];
 
+/// New connections of which it is counted who saw them.
+pub const CAPTURE: Row = Row {
+    id: "capture",
+    about: "new connections that no agent saw, and what the kernel programs take for a connect(2)",
+    proxies: &[Undermesh],
+    ..within(CONNECT)
+};
+
 /// Loads of idle connections, of which memory is what counts.
 pub const MEMORY: &str = "memory";
 pub const MEMORY_PROXIES: &[Proxy] = &[Undermesh, EnvoyTcp, EnvoyHbone];
@@ -242,6 +250,10 @@ pub enum Figure {
     Resident(usize),
     PerConnection,
     GivenBack,
+    /// Connections that the agent did not carry.
+    Missed,
+    /// Run time of all kernel programs for a connect(2), be it a pod's or the agent's own.
+    Programs,
 }
 
 impl Figure {
@@ -255,6 +267,8 @@ impl Figure {
             Self::Resident(_) => "MiB",
             Self::PerConnection => "KiB per connection",
             Self::GivenBack => "share",
+            Self::Missed => "connections",
+            Self::Programs => "µs each",
         }
     }
 
@@ -269,6 +283,8 @@ impl Figure {
             Self::Resident(connections) => format!("/{connections}"),
             Self::PerConnection => "/each".to_owned(),
             Self::GivenBack => "/given-back".to_owned(),
+            Self::Missed => "/missed".to_owned(),
+            Self::Programs => "/programs".to_owned(),
         }
     }
 }

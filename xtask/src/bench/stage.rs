@@ -2,7 +2,6 @@
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
-use std::fs;
 use std::net::SocketAddr;
 use std::path::{Path as File, PathBuf};
 use std::process::Command;
@@ -13,12 +12,14 @@ use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 use undermesh_lab::envoy::{Envoy, Sidecars};
 use undermesh_lab::figures::Figures;
-use undermesh_lab::load::{LoadKind, LoadOptions, LoadReport, SinkOptions};
+use undermesh_lab::load::{LoadKind, LoadOptions, LoadReport, SinkOptions, SinkReport};
 use undermesh_lab::metrics::Metrics;
 use undermesh_lab::process::{self, Process};
+use undermesh_lab::traffic;
 use undermesh_lab::{Binaries, Lab, PodHandle, PodSpec, Side, machine, wait};
 
 use super::rows::{Layer, Path, Processors, Proxy, Row};
+use super::settings::CUBIC;
 
 /// Ports of the server that no name calls HTTP. Several, so that connections that come and go do not run out of
 /// the client's ports.
@@ -28,39 +29,12 @@ const HTTP: u16 = 7100;
 /// Where the client runs, and where the server does.
 const CLIENT_CPU: usize = 0;
 const SERVER_CPU: usize = 1;
+/// Of the same processes, run after run.
+const WARM_UP: Duration = Duration::from_millis(300);
 const START: Duration = Duration::from_secs(20);
 /// For all of the idle connections to be open, and for all to be closed.
 const HELD: Duration = Duration::from_secs(120);
 const REQUESTS: &str = "undermesh_http_requests_total";
-
-/// Congestion control of the pods. The same everywhere, and the kernel's own default.
-const CUBIC: &str = "cubic";
-const ALLOWED: &str = "/proc/sys/net/ipv4/tcp_allowed_congestion_control";
-
-/// While it lives, namespaces may use cubic.
-pub struct CubicAllowed(Option<String>);
-
-impl CubicAllowed {
-    pub fn take() -> Result<Self> {
-        let former = fs::read_to_string(ALLOWED).context(ALLOWED)?;
-        let former = former.trim().to_owned();
-        if former.split_whitespace().any(|one| one == CUBIC) {
-            return Ok(Self(None));
-        }
-        fs::write(ALLOWED, format!("{former} {CUBIC}")).context(ALLOWED)?;
-        Ok(Self(Some(former)))
-    }
-}
-
-impl Drop for CubicAllowed {
-    fn drop(&mut self) {
-        if let Some(former) = &self.0
-            && let Err(error) = fs::write(ALLOWED, former)
-        {
-            eprintln!("{ALLOWED} was {former:?}: {error}");
-        }
-    }
-}
 
 /// While they live, no processor halts.
 struct Spinners {
@@ -213,6 +187,18 @@ impl Stage {
         self.to(Path::CrossNode, Layer::Opaque).map(|_| ())
     }
 
+    /// How many connections the server on that path has accepted.
+    pub fn served(&self, path: Path) -> Result<u64> {
+        let server = self.servers.iter().find(|(own, ..)| *own == path);
+        let (.., control) = server.context("no server")?;
+        Ok(traffic::query::<SinkReport>(control)?.accepted)
+    }
+
+    /// What the agents have counted.
+    pub fn figures(&self) -> Result<Figures> {
+        Figures::read(&self.lab)
+    }
+
     /// Runs the client once.
     pub fn measure(&self, row: &Row, window: Duration) -> Result<LoadReport> {
         let to = self.to(row.path, row.layer)?;
@@ -220,6 +206,7 @@ impl Stage {
         let options = LoadOptions {
             connections: row.connections,
             rate: row.rate,
+            warm_up: WARM_UP,
             window,
             cpu: Some(CLIENT_CPU),
             watch: self.pids(row.path)?,

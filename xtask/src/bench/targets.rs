@@ -73,11 +73,14 @@ const fn alone(row: &'static str, path: Path, figure: Figure, bound: Bound) -> T
 }
 
 use Bound::{AtLeast, AtMost};
-use Figure::{CpuEach, CpuPerGib, GivenBack, P50, P99, PerConnection, Rate, Resident, Throughput};
+use Figure::{
+    CpuEach, CpuPerGib, GivenBack, Missed, P50, P99, PerConnection, Programs, Rate, Resident,
+    Throughput,
+};
 use Path::{CrossNode, SameNode};
 use Proxy::{Direct, EnvoyHbone, EnvoyHttp, EnvoyTcp};
 
-pub const TARGETS: [Target; 20] = [
+pub const TARGETS: [Target; 22] = [
     across("bulk-1", Throughput, EnvoyTcp, AtLeast(1.10)),
     across("bulk-1", CpuPerGib, EnvoyTcp, AtMost(0.78)),
     across("bulk-8", Throughput, EnvoyTcp, AtLeast(1.15)),
@@ -102,11 +105,13 @@ pub const TARGETS: [Target; 20] = [
     across("http-l7", CpuEach, EnvoyHttp, AtMost(0.66)),
     across("http-l7-5000", P50, EnvoyHttp, AtMost(0.4)),
     across("http-l7-5000", P99, EnvoyHttp, AtMost(0.4)),
+    alone("capture", SameNode, Missed, AtMost(0.0)),
+    alone("capture", SameNode, Programs, AtMost(3.0)),
 ];
 
 #[cfg(test)]
 mod tests {
-    use super::super::rows::{MEMORY, MEMORY_PROXIES, ROWS};
+    use super::super::rows::{CAPTURE, MEMORY, MEMORY_PROXIES, ROWS};
     use super::*;
 
     #[test]
@@ -115,7 +120,7 @@ mod tests {
             let proxies = if target.row == MEMORY {
                 MEMORY_PROXIES
             } else {
-                let mut rows = ROWS.iter();
+                let mut rows = ROWS.iter().chain([&CAPTURE]);
                 rows.find(|row| row.id == target.row && row.path == target.path)
                     .unwrap()
                     .proxies
