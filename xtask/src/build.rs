@@ -21,7 +21,7 @@ pub struct Options {
     /// The agent with optimisation.
     #[arg(long, conflicts_with = "dist")]
     pub release: bool,
-    /// The agent as it is shipped: optimised as one program with all libraries, which takes twice as long.
+    /// The agent as it is shipped: optimised as one program with all libraries, which takes several times as long.
     #[arg(long)]
     pub dist: bool,
 }
