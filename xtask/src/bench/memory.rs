@@ -1,6 +1,6 @@
 //! What idle connections cost, and what comes back when they close.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use undermesh_lab::process::Process;
@@ -43,27 +43,36 @@ struct Held {
     with: u64,
 }
 
-/// Measures all proxies, each in fresh processes; they are waited for together.
-pub fn run(
-    lines: &mut Lines,
-    builds: &Builds,
-    extent: &Extent,
-    takes: impl Fn(Proxy) -> bool,
-) -> Result<()> {
-    let mut started = Vec::new();
+/// Proxies in fresh processes, which have nothing to do.
+pub struct AtRest {
+    stages: Vec<(Proxy, Stage)>,
+    since: Instant,
+}
+
+/// Starts all proxies. What is measured between this and [`run`] shortens its wait.
+pub fn start(lines: &mut Lines, builds: &Builds, takes: impl Fn(Proxy) -> bool) -> Result<AtRest> {
+    let mut stages = Vec::new();
     let all = MEMORY_PROXIES.iter().chain(&[Proxy::Former]).copied();
     for proxy in all.filter(|&proxy| takes(proxy) && builds.has(proxy)) {
-        match start(proxy, builds) {
-            Ok(stage) => started.push((proxy, stage)),
+        match warm(proxy, builds) {
+            Ok(stage) => stages.push((proxy, stage)),
             Err(error) => {
                 undermesh_lab::interrupt::check()?;
                 lines.lost_memory(proxy, &format!("{error:#}"));
             }
         }
     }
-    wait::pause(STARTED)?;
+    Ok(AtRest {
+        stages,
+        since: Instant::now(),
+    })
+}
+
+/// Measures all that were started, one after the other; what they give back is waited for together.
+pub fn run(lines: &mut Lines, at_rest: AtRest, extent: &Extent) -> Result<()> {
+    wait::pause(STARTED.saturating_sub(at_rest.since.elapsed()))?;
     let mut held = Vec::new();
-    for (proxy, stage) in started {
+    for (proxy, stage) in at_rest.stages {
         match hold(lines, proxy, stage, extent) {
             Ok(one) => held.push((proxy, one)),
             Err(error) => {
@@ -88,7 +97,7 @@ pub fn run(
     Ok(())
 }
 
-fn start(proxy: Proxy, builds: &Builds) -> Result<Stage> {
+fn warm(proxy: Proxy, builds: &Builds) -> Result<Stage> {
     let stage = builds.stage(proxy, "m")?;
     stage.warm()?;
     Ok(stage)

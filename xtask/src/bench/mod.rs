@@ -142,6 +142,12 @@ pub fn run(options: &Options) -> Result<ExitCode> {
         envoy,
     };
     measure(options, &mut lines, &builds)?;
+    let at_rest = match options.chosen(MEMORY) {
+        true => Some(memory::start(&mut lines, &builds, |proxy| {
+            options.takes(proxy)
+        })?),
+        false => None,
+    };
     if options.chosen(CAPTURE.id) {
         println!("{}: {}", CAPTURE.id, CAPTURE.about);
         let extent = if options.quick {
@@ -151,14 +157,14 @@ pub fn run(options: &Options) -> Result<ExitCode> {
         };
         capture::run(&mut lines, &builds, extent, |proxy| options.takes(proxy))?;
     }
-    if options.chosen(MEMORY) {
+    if let Some(at_rest) = at_rest {
         println!("{MEMORY}: idle connections, cross-node");
         let extent = if options.quick {
             &memory::QUICK
         } else {
             &memory::FULL
         };
-        memory::run(&mut lines, &builds, extent, |proxy| options.takes(proxy))?;
+        memory::run(&mut lines, at_rest, extent)?;
     }
     let ratios = ratios::compare(&lines, |row| options.chosen(row));
     let versions = Versions {

@@ -202,7 +202,11 @@ pub const ROWS: [Row; 18] = [
     PING_PONG_64,
     CONNECT,
     row("http-opaque", HTTP, LoadKind::Http, 64),
-    awake(at(2000, row("http-opaque-2000", HTTP, LoadKind::Http, 64))),
+    // What the direct path does, its row of 5,000 tells.
+    Row {
+        proxies: &[Undermesh, EnvoyTcp],
+        ..awake(at(2000, row("http-opaque-2000", HTTP, LoadKind::Http, 64)))
+    },
     awake(at(5000, row("http-opaque-5000", HTTP, LoadKind::Http, 64))),
     parsed(row("http-l7", HTTP, LoadKind::Http, 64)),
     parsed(awake(at(

@@ -30,7 +30,7 @@ const HTTP: u16 = 7100;
 const CLIENT_CPU: usize = 0;
 const SERVER_CPU: usize = 1;
 /// Of the same processes, run after run.
-const WARM_UP: Duration = Duration::from_millis(300);
+const WARM_UP: Duration = Duration::from_millis(200);
 const START: Duration = Duration::from_secs(20);
 /// For all of the idle connections to be open, and for all to be closed.
 const HELD: Duration = Duration::from_secs(120);
