@@ -43,13 +43,21 @@ struct Held {
     with: u64,
 }
 
+/// Proxies whose connections were closed.
+pub struct Closed {
+    held: Vec<(Proxy, Held)>,
+    /// How many connections there were.
+    most: usize,
+    since: Instant,
+}
+
 /// Proxies in fresh processes, which have nothing to do.
 pub struct AtRest {
     stages: Vec<(Proxy, Stage)>,
     since: Instant,
 }
 
-/// Starts all proxies. What is measured between this and [`run`] shortens its wait.
+/// Starts all proxies. What is measured between this and [`hold`] shortens its wait.
 pub fn start(lines: &mut Lines, builds: &Builds, takes: impl Fn(Proxy) -> bool) -> Result<AtRest> {
     let mut stages = Vec::new();
     let all = MEMORY_PROXIES.iter().chain(&[Proxy::Former]).copied();
@@ -68,12 +76,12 @@ pub fn start(lines: &mut Lines, builds: &Builds, takes: impl Fn(Proxy) -> bool) 
     })
 }
 
-/// Measures all that were started, one after the other; what they give back is waited for together.
-pub fn run(lines: &mut Lines, at_rest: AtRest, extent: &Extent) -> Result<()> {
+/// Measures all that were started, one after the other, at rest and with connections, which are closed then.
+pub fn hold(lines: &mut Lines, at_rest: AtRest, extent: &Extent) -> Result<Closed> {
     wait::pause(STARTED.saturating_sub(at_rest.since.elapsed()))?;
     let mut held = Vec::new();
     for (proxy, stage) in at_rest.stages {
-        match hold(lines, proxy, stage, extent) {
+        match hold_one(lines, proxy, stage, extent) {
             Ok(one) => held.push((proxy, one)),
             Err(error) => {
                 undermesh_lab::interrupt::check()?;
@@ -81,15 +89,23 @@ pub fn run(lines: &mut Lines, at_rest: AtRest, extent: &Extent) -> Result<()> {
             }
         }
     }
-    wait::pause(GIVEN_BACK)?;
-    let most = extent.steps.last().copied().unwrap_or(0);
-    for (proxy, one) in held {
+    Ok(Closed {
+        held,
+        most: extent.steps.last().copied().unwrap_or(0),
+        since: Instant::now(),
+    })
+}
+
+/// Measures what all of them have given back. What is measured between [`hold`] and this shortens its wait.
+pub fn given_back(lines: &mut Lines, closed: Closed) -> Result<()> {
+    wait::pause(GIVEN_BACK.saturating_sub(closed.since.elapsed()))?;
+    for (proxy, one) in closed.held {
         let after = one.stage.resident_bytes()?;
         let grown = one.with.saturating_sub(one.before);
         println!("  {:<12} {:>8.1} MiB after close", proxy.name(), mib(after));
         lines.add_memory(
             proxy,
-            most,
+            closed.most,
             Figure::GivenBack,
             share(one.with.saturating_sub(after), grown),
         );
@@ -103,7 +119,7 @@ fn warm(proxy: Proxy, builds: &Builds) -> Result<Stage> {
     Ok(stage)
 }
 
-fn hold(lines: &mut Lines, proxy: Proxy, stage: Stage, extent: &Extent) -> Result<Held> {
+fn hold_one(lines: &mut Lines, proxy: Proxy, stage: Stage, extent: &Extent) -> Result<Held> {
     let before = stage.resident_bytes()?;
     lines.add_memory(proxy, 0, Figure::Resident(0), mib(before));
     println!("  {:<12} {:>8.1} MiB", proxy.name(), mib(before));

@@ -141,12 +141,25 @@ pub fn run(options: &Options) -> Result<ExitCode> {
         former: options.former.as_deref().map(Binaries::in_dir),
         envoy,
     };
-    measure(options, &mut lines, &builds)?;
+    // What waits does so while something else is measured.
     let at_rest = match options.chosen(MEMORY) {
         true => Some(memory::start(&mut lines, &builds, |proxy| {
             options.takes(proxy)
         })?),
         false => None,
+    };
+    measure(options, &mut lines, &builds)?;
+    let closed = match at_rest {
+        Some(at_rest) => {
+            println!("{MEMORY}: idle connections, cross-node");
+            let extent = if options.quick {
+                &memory::QUICK
+            } else {
+                &memory::FULL
+            };
+            Some(memory::hold(&mut lines, at_rest, extent)?)
+        }
+        None => None,
     };
     if options.chosen(CAPTURE.id) {
         println!("{}: {}", CAPTURE.id, CAPTURE.about);
@@ -157,14 +170,8 @@ pub fn run(options: &Options) -> Result<ExitCode> {
         };
         capture::run(&mut lines, &builds, extent, |proxy| options.takes(proxy))?;
     }
-    if let Some(at_rest) = at_rest {
-        println!("{MEMORY}: idle connections, cross-node");
-        let extent = if options.quick {
-            &memory::QUICK
-        } else {
-            &memory::FULL
-        };
-        memory::run(&mut lines, at_rest, extent)?;
+    if let Some(closed) = closed {
+        memory::given_back(&mut lines, closed)?;
     }
     let ratios = ratios::compare(&lines, |row| options.chosen(row));
     let versions = Versions {
