@@ -52,6 +52,7 @@ pub fn run(options: &Options) -> Result<()> {
         .current_dir(&workspace)
         .args(["build", "--package", "undermesh"]);
     if options.dist {
+        println!("building the agent as it is shipped, which takes some minutes");
         cargo.args(["--profile", DIST]);
     } else if options.release {
         cargo.arg("--release");

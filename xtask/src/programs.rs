@@ -9,48 +9,44 @@ use undermesh_lab::{Binaries, interrupt};
 
 use crate::build;
 
+/// The cargo profile of everything that is not [`build::DIST`].
+const RELEASE: &str = "release";
+
 /// Builds agent and traffic program with optimisation, and says where they are. Those in the directory that
 /// `UNDERMESH_BIN_DIR` names are taken as they are.
 pub fn build() -> Result<Binaries> {
-    if let Some(given) = given()? {
-        return Ok(given);
-    }
-    build::run(&build::Options {
+    let options = build::Options {
         release: true,
         ..build::Options::default()
-    })?;
-    interrupt::check()?;
-    build_traffic()
+    };
+    built(&options, RELEASE)
 }
 
-/// The same, with the agent as it is shipped.
+/// The same, with the agent as it is shipped, which takes some minutes more.
 pub fn build_dist() -> Result<Binaries> {
-    if let Some(given) = given()? {
-        return Ok(given);
-    }
-    println!("building the agent as it is shipped, which takes some minutes");
-    build::run(&build::Options {
+    let options = build::Options {
         dist: true,
         ..build::Options::default()
-    })?;
+    };
+    built(&options, build::DIST)
+}
+
+fn built(options: &build::Options, profile: &str) -> Result<Binaries> {
+    if env::var_os("UNDERMESH_BIN_DIR").is_some() {
+        let built = Binaries::find()?;
+        println!(
+            "not building: UNDERMESH_BIN_DIR names {}",
+            built.agent.display()
+        );
+        return Ok(built);
+    }
+    build::run(options)?;
     interrupt::check()?;
-    let agent = target().join(build::DIST).join("undermesh");
+    let agent = target().join(profile).join("undermesh");
     Ok(Binaries {
         agent,
         ..build_traffic()?
     })
-}
-
-fn given() -> Result<Option<Binaries>> {
-    if env::var_os("UNDERMESH_BIN_DIR").is_none() {
-        return Ok(None);
-    }
-    let given = Binaries::find()?;
-    println!(
-        "not building: UNDERMESH_BIN_DIR names {}",
-        given.agent.display()
-    );
-    Ok(Some(given))
 }
 
 /// Builds the programs that run in pods alone.
@@ -65,7 +61,7 @@ pub fn dir() -> PathBuf {
     if let Some(dir) = env::var_os("UNDERMESH_BIN_DIR") {
         return dir.into();
     }
-    target().join("release")
+    target().join(RELEASE)
 }
 
 fn target() -> PathBuf {

@@ -14,10 +14,8 @@ use super::rows::{CAPTURE, Figure, Proxy};
 use super::stage::Stage;
 
 /// How many connections are made, or a few more.
-pub struct Extent(u64);
-
-pub const FULL: Extent = Extent(400_000);
-pub const QUICK: Extent = Extent(20_000);
+const FULL: u64 = 400_000;
+const QUICK: u64 = 20_000;
 
 /// One run of the client.
 const WINDOW: Duration = Duration::from_secs(5);
@@ -32,24 +30,25 @@ const CONNECT: &str = "undermesh_conne";
 pub fn run(
     lines: &mut Lines,
     builds: &Builds,
-    extent: &Extent,
+    quick: bool,
     takes: impl Fn(Proxy) -> bool,
 ) -> Result<()> {
+    let connections = if quick { QUICK } else { FULL };
     let all = [Proxy::Undermesh, Proxy::Former];
     for proxy in all
         .into_iter()
         .filter(|one| takes(*one) && builds.has(*one))
     {
-        if let Err(error) = measure(lines, proxy, builds, extent) {
+        if let Err(error) = measure(lines, proxy, builds, connections) {
             undermesh_lab::interrupt::check()?;
             println!("  {:<12} {error:#}", proxy.name());
-            lines.lost(&CAPTURE, proxy, &format!("{error:#}"));
+            lines.lost(&CAPTURE, Figure::Missed, proxy, &format!("{error:#}"));
         }
     }
     Ok(())
 }
 
-fn measure(lines: &mut Lines, proxy: Proxy, builds: &Builds, extent: &Extent) -> Result<()> {
+fn measure(lines: &mut Lines, proxy: Proxy, builds: &Builds, connections: u64) -> Result<()> {
     let stage = builds.stage(proxy, "c")?;
     // The first ones load what all others share.
     stage.measure(&CAPTURE, Duration::from_millis(200))?;
@@ -59,7 +58,7 @@ fn measure(lines: &mut Lines, proxy: Proxy, builds: &Builds, extent: &Extent) ->
     let (former, runs) = (counted(&stage)?, runs()?);
     let mut errors = 0;
     let mut made = 0;
-    while made < extent.0 {
+    while made < connections {
         let report = stage.measure(&CAPTURE, WINDOW)?;
         ensure!(report.operations > 0, "no connection in {WINDOW:?}");
         errors += report.errors;

@@ -169,8 +169,8 @@ impl Lines {
     }
 
     /// A measurement that could not be made.
-    pub fn lost(&mut self, row: &Row, proxy: Proxy, reason: &str) {
-        let line = self.entry(Line::new(row, proxy, main_figure(row)));
+    pub fn lost(&mut self, row: &Row, figure: Figure, proxy: Proxy, reason: &str) {
+        let line = self.entry(Line::new(row, proxy, figure));
         line.not_run.get_or_insert_with(|| reason.to_owned());
     }
 
@@ -271,7 +271,7 @@ mod tests {
     #[test]
     fn a_lost_measurement_stays_in_the_list_with_its_reason() {
         let mut lines = Lines::default();
-        lines.lost(&ROWS[0], Proxy::EnvoyTcp, "no Envoy");
+        lines.lost(&ROWS[0], main_figure(&ROWS[0]), Proxy::EnvoyTcp, "no Envoy");
         let line = lines.all()[0].to_json();
         assert_eq!(
             (&line["not_run"], &line["samples"]),

@@ -17,16 +17,23 @@ pub struct Extent {
     pub steps: &'static [usize],
 }
 
+impl Extent {
+    /// Of a glance, or of the whole bench.
+    pub fn of(quick: bool) -> &'static Self {
+        if quick { &QUICK } else { &FULL }
+    }
+}
+
 /// How long memory may take to come back.
 const GIVEN_BACK: Duration = Duration::from_secs(60);
 
 /// Where processes may have 20,000 descriptors, the agent lets one pod have 9,488 connections, tunnels
 /// included.
-pub const FULL: Extent = Extent {
+const FULL: Extent = Extent {
     steps: &[1000, 9300],
 };
 
-pub const QUICK: Extent = Extent { steps: &[1000] };
+const QUICK: Extent = Extent { steps: &[1000] };
 
 /// After the start: what start needed is given back by then, and everything that runs now and then has run.
 const STARTED: Duration = Duration::from_secs(60);
@@ -62,13 +69,8 @@ pub fn start(lines: &mut Lines, builds: &Builds, takes: impl Fn(Proxy) -> bool) 
     let mut stages = Vec::new();
     let all = MEMORY_PROXIES.iter().chain(&[Proxy::Former]).copied();
     for proxy in all.filter(|&proxy| takes(proxy) && builds.has(proxy)) {
-        match warm(proxy, builds) {
-            Ok(stage) => stages.push((proxy, stage)),
-            Err(error) => {
-                undermesh_lab::interrupt::check()?;
-                lines.lost_memory(proxy, &format!("{error:#}"));
-            }
-        }
+        let stage = or_lost(lines, proxy, warm(proxy, builds))?;
+        stages.extend(stage.map(|stage| (proxy, stage)));
     }
     Ok(AtRest {
         stages,
@@ -81,13 +83,8 @@ pub fn hold(lines: &mut Lines, at_rest: AtRest, extent: &Extent) -> Result<Close
     wait::pause(STARTED.saturating_sub(at_rest.since.elapsed()))?;
     let mut held = Vec::new();
     for (proxy, stage) in at_rest.stages {
-        match hold_one(lines, proxy, stage, extent) {
-            Ok(one) => held.push((proxy, one)),
-            Err(error) => {
-                undermesh_lab::interrupt::check()?;
-                lines.lost_memory(proxy, &format!("{error:#}"));
-            }
-        }
+        let one = hold_one(lines, proxy, stage, extent);
+        held.extend(or_lost(lines, proxy, one)?.map(|one| (proxy, one)));
     }
     Ok(Closed {
         held,
@@ -111,6 +108,18 @@ pub fn given_back(lines: &mut Lines, closed: Closed) -> Result<()> {
         );
     }
     Ok(())
+}
+
+/// What was come to; where it was an error, the list says so and the others go on.
+fn or_lost<T>(lines: &mut Lines, proxy: Proxy, outcome: Result<T>) -> Result<Option<T>> {
+    match outcome {
+        Ok(value) => Ok(Some(value)),
+        Err(error) => {
+            undermesh_lab::interrupt::check()?;
+            lines.lost_memory(proxy, &format!("{error:#}"));
+            Ok(None)
+        }
+    }
 }
 
 fn warm(proxy: Proxy, builds: &Builds) -> Result<Stage> {

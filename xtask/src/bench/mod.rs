@@ -142,33 +142,22 @@ pub fn run(options: &Options) -> Result<ExitCode> {
         envoy,
     };
     // What waits does so while something else is measured.
-    let at_rest = match options.chosen(MEMORY) {
-        true => Some(memory::start(&mut lines, &builds, |proxy| {
-            options.takes(proxy)
-        })?),
-        false => None,
-    };
+    let at_rest = options
+        .chosen(MEMORY)
+        .then(|| memory::start(&mut lines, &builds, |proxy| options.takes(proxy)))
+        .transpose()?;
     measure(options, &mut lines, &builds)?;
-    let closed = match at_rest {
-        Some(at_rest) => {
-            println!("{MEMORY}: idle connections, cross-node");
-            let extent = if options.quick {
-                &memory::QUICK
-            } else {
-                &memory::FULL
-            };
-            Some(memory::hold(&mut lines, at_rest, extent)?)
-        }
-        None => None,
-    };
+    let mut closed = None;
+    if let Some(at_rest) = at_rest {
+        println!("{MEMORY}: idle connections, cross-node");
+        let extent = memory::Extent::of(options.quick);
+        closed = Some(memory::hold(&mut lines, at_rest, extent)?);
+    }
     if options.chosen(CAPTURE.id) {
         println!("{}: {}", CAPTURE.id, CAPTURE.about);
-        let extent = if options.quick {
-            &capture::QUICK
-        } else {
-            &capture::FULL
-        };
-        capture::run(&mut lines, &builds, extent, |proxy| options.takes(proxy))?;
+        capture::run(&mut lines, &builds, options.quick, |proxy| {
+            options.takes(proxy)
+        })?;
     }
     if let Some(closed) = closed {
         memory::given_back(&mut lines, closed)?;
@@ -200,7 +189,7 @@ fn measure(options: &Options, lines: &mut Lines, builds: &Builds) -> Result<()> 
                 Err(error) => {
                     interrupt::check()?;
                     println!("  {:<12} {error:#}", proxy.name());
-                    lines.lost(row, proxy, &format!("{error:#}"));
+                    lines.lost(row, main_figure(row), proxy, &format!("{error:#}"));
                 }
             }
         }
@@ -214,7 +203,7 @@ fn measure(options: &Options, lines: &mut Lines, builds: &Builds) -> Result<()> 
                     Err(error) => {
                         interrupt::check()?;
                         println!("  {:<12} {error:#}", proxy.name());
-                        lines.lost(row, proxy, &format!("{error:#}"));
+                        lines.lost(row, main_figure(row), proxy, &format!("{error:#}"));
                     }
                 }
             }

@@ -189,9 +189,16 @@ impl Stage {
 
     /// How many connections the server on that path has accepted.
     pub fn served(&self, path: Path) -> Result<u64> {
-        let server = self.servers.iter().find(|(own, ..)| *own == path);
-        let (.., control) = server.context("no server")?;
-        Ok(traffic::query::<SinkReport>(control)?.accepted)
+        Ok(traffic::query::<SinkReport>(self.control(path)?)?.accepted)
+    }
+
+    /// Where the server on that path is asked.
+    fn control(&self, path: Path) -> Result<&File> {
+        let mut servers = self.servers.iter();
+        let (.., control) = servers
+            .find(|(own, ..)| *own == path)
+            .context("no server")?;
+        Ok(control)
     }
 
     /// What the agents have counted.
@@ -202,7 +209,6 @@ impl Stage {
     /// Runs the client once.
     pub fn measure(&self, row: &Row, window: Duration) -> Result<LoadReport> {
         let to = self.to(row.path, row.layer)?;
-        let server = self.servers.iter().find(|(path, ..)| *path == row.path);
         let options = LoadOptions {
             connections: row.connections,
             rate: row.rate,
@@ -210,9 +216,10 @@ impl Stage {
             window,
             cpu: Some(CLIENT_CPU),
             watch: self.pids(row.path)?,
-            server: (row.kind == LoadKind::Bulk)
-                .then(|| server.map(|(_, _, control)| control.clone()))
-                .flatten(),
+            server: match row.kind {
+                LoadKind::Bulk => Some(self.control(row.path)?.to_owned()),
+                _ => None,
+            },
             ..LoadOptions::new(row.kind, to)
         };
         let pod = self.lab.pod("client")?;
@@ -253,7 +260,7 @@ impl Stage {
         if !self.proxy.meshed() || row.layer == Layer::Http {
             return Ok(None);
         }
-        Figures::read(&self.lab).map(Some)
+        self.figures().map(Some)
     }
 
     /// What was measured must have gone the way that it is measured for: over mTLS across nodes, and within one
@@ -264,7 +271,7 @@ impl Stage {
             _ => row.connections as u64,
         };
         wait::until_true("the agents' count of connections", START, || {
-            let seen = Figures::read(&self.lab)?.since(before);
+            let seen = self.figures()?.since(before);
             let carried = match row.path {
                 Path::SameNode => seen.same_node,
                 Path::CrossNode => seen.mutual_tls,
